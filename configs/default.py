@@ -1,0 +1,107 @@
+"""Every knob with its default. The other configurations change only what differs.
+
+A configuration takes the preset after a colon: `--config=configs/fashioniq_dress.py:crn_released`.
+Without one it is `crn`. Any field can be changed on the command line: `--config.batch_size=32`.
+"""
+
+import ml_collections
+
+
+def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+  """Configuration of CRN with Swin-L on FashionIQ, all three categories."""
+  config = ml_collections.ConfigDict()
+  config.name = "default"  # Names the work directory, runs/<name>.
+  config.preset = preset  # For the record: the preset's values stand in the fields below.
+  config.seed = 599
+  config.num_epochs = 50
+  config.batch_size = 16  # Over all devices.
+  # 'alternating': local, then global against the updated local (as published), 6 backbone passes.
+  # 'simultaneous': both against the same parameters, 4 passes.
+  config.update_mode = "alternating"
+
+  config.data = data = ml_collections.ConfigDict()
+  data.dataset = "fashioniq"  # 'fashioniq' or 'demo'.
+  data.root = "data/fashioniq"  # Folder with captions/, image_splits/ and the images.
+  data.category = "all"  # 'dress', 'shirt', 'toptee' or 'all' (joint training).
+  # The two captions of an entry: 'joined' to one text (as published), 'both_orders' (two texts),
+  # 'separate' (two texts of one caption).
+  data.captions = "joined"
+  data.max_words = 32  # Texts are padded to this and cut beyond it, markers included.
+  data.image_size = 224  # Side of the crop that the model sees, in pixels.
+  data.resize = 256  # Short side before the crop, in pixels.
+  data.augment = "random_crop_flip"  # Or 'none': the centre crop, as the release on Shoes.
+  data.cache_images = False  # Keep decoded training images in memory: for small sets only.
+  # Markers around captions: 'tokens' (BOS, AND, EOS with ids of their own) or 'words' (as the
+  # release, whose tokeniser loses them: "bos c0 and c1 eos").
+  data.markers = "tokens"
+
+  config.model = model = ml_collections.ConfigDict()
+  model.backbone = backbone = ml_collections.ConfigDict()  # Swin-L, patch 4, window 7.
+  backbone.embed_dim = 192
+  backbone.depths = (2, 2, 18, 2)
+  backbone.num_heads = (6, 12, 24, 48)
+  backbone.patch_size = 4
+  backbone.window_size = 7
+  backbone.drop_path_rate = 0.1
+  # File of backbone weights made by convert_torch_weights.py; '' starts from random values.
+  model.pretrained = "weights/swin_large_patch4_window7_224.safetensors"
+  model.map_dim = 2048
+  model.feature_dim = 1024  # Of vectors and words; a multiple of 64.
+  model.word_dim = 768
+  model.keep_map = True  # Keep the positions of the last map; False pools it to 1 x 1.
+  model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.
+  model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
+  model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
+  model.composition = ml_collections.ConfigDict(
+    {
+      "norm": "batch",  # In the Inception units: 'batch' as published, or 'layer'.
+      "residual": False,  # Add the image's own features to the modulated ones; not published.
+    }
+  )
+  model.dtype = "float32"  # Of the computation: 'float32' or 'bfloat16'. Parameters are float32.
+
+  config.loss = ml_collections.ConfigDict({  # Weights of the terms; 0 leaves the work out, too.
+    'classification': 1.0,
+    'cross_branch': 1.0,
+    'mutual_kl': 1.0,
+    'perceptual': 1.0,  # Local branch only.
+    'modification': 1.0,
+    'auxiliary': 1.0,
+  })  # fmt: skip
+
+  config.optimizer = optimizer = ml_collections.ConfigDict()
+  optimizer.learning_rate = 3e-5
+  optimizer.weight_decay = 1e-6  # Coupled: added to the gradient, as PyTorch's Adam does.
+  optimizer.schedule = "step"  # 'step' (published) or 'cosine'.
+  # 'step' multiplies the rate by the factor at epochs 20, 40, ... below max_decay_epoch. The
+  # published FashionIQ command sets 20, so that its rate never decays; the release's default, 40,
+  # would decay once.
+  optimizer.decay_every_epochs = 20
+  optimizer.decay_factor = 0.1
+  optimizer.max_decay_epoch = 20
+  optimizer.warmup_steps = 0
+  optimizer.clip_norm = 0.0  # Clip each branch's gradient to this global norm; 0 does not.
+  optimizer.logit_scale_rate = 1.0  # Factor on the learning rate of the trained temperature.
+
+  config.parallel = ml_collections.ConfigDict({"mode": "shard_map"})  # Or 'pmap'.
+
+  config.eval = evaluation = ml_collections.ConfigDict()
+  evaluation.batch_size = 64  # Images over all devices.
+  evaluation.every_epochs = 1
+  evaluation.recall_at = (1, 10, 50)
+  evaluation.exclude_reference = True  # A query's own reference image is not ranked.
+  # Metric that chooses the checkpoint kept as best: protocol/metric of eval.json.
+  evaluation.best_metric = "val_split/R@10"
+
+  config.log_every_steps = 50
+  if preset == "crn_released":
+    # What the PyTorch release computes, to the last digit.
+    model.keep_map = False
+    model.aggregation = "discarded"
+    model.mask_padding = False
+    config.loss.modification = 0.0
+    config.loss.auxiliary = 0.0
+    data.markers = "words"
+  elif preset != "crn":
+    raise ValueError(f"preset must be 'crn' or 'crn_released', not {preset!r}")
+  return config

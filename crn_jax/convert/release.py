@@ -1,0 +1,88 @@
+"""Names of the PyTorch release's `local_model` and `global_model` for the variables of a `Branch`.
+
+The release has no licence and its code is not used; names and shapes are facts that the golden
+numbers were recorded with.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from flax import traverse_util
+
+from crn_jax.convert import layout, timm
+
+_LEAVES = {
+  'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight',
+  'mean': 'running_mean', 'var': 'running_var',
+}  # fmt: skip
+
+_RULES = (
+  (r"^head\.lift\.", "img_model.img1x1conv3."),
+  (r"^head\.pool\.", "img_model.img_pool."),
+  (r"^head\.fc\.", "img_model.img_fc."),
+  (r"^head\.aggregation_fc\.", "img_model.final_fc."),
+  (r"^text\.embedding\.", "text_model.embedding_layer."),
+  (r"^text\.input_gates\.(\w+)$", r"text_model.lstm.\1_ih_l0"),
+  (r"^text\.hidden_kernel$", "text_model.lstm.weight_hh_l0"),
+  (r"^text\.hidden_bias$", "text_model.lstm.bias_hh_l0"),
+  (r"^composition\.embed\.", "KIND_fuse.img1x1conv."),
+  (r"^composition\.(gamma|beta)\.", r"KIND_fuse.inception_\1."),
+  (r"\.branch([12])_(\d)\.", r".branch\1.\2."),
+  (r"\.branch3\.", ".branch3.1."),
+  (r"^query_(pool|fc)\.", r"KIND_\1."),
+  (r"^relation\.query_fc\.", "correct_module.fc1.0."),
+  (r"^relation\.target_fc\.", "correct_module.fc2.0."),
+  (r"^relation\.fc\.", "correct_module.fc.0."),
+  (r"^logit_scale$", "loss_weight"),
+)
+
+
+def release_name(kind: str, path: tuple[str, ...]) -> str:
+  """Name in the release's state dict of a parameter or running statistic.
+
+  Args:
+    kind: 'local' or 'global'.
+    path: Flax path inside the branch, e.g. ('head', 'fc', 'kernel').
+  """
+  if path[0] == "backbone":
+    return "img_model.img_model." + timm.timm_name(path[1:])
+  *modules, leaf = path
+  name = ".".join((*modules, _LEAVES.get(leaf, leaf)))
+  for pattern, replacement in _RULES:
+    name = re.sub(pattern, replacement, name)
+  return name.replace("KIND", kind)
+
+
+def load_branch(kind: str, tree: Mapping, state_dict: Mapping[str, np.ndarray]) -> dict:
+  """Fills a branch's parameters (or running statistics) from the release's state dict.
+
+  Args:
+    kind: 'local' or 'global'.
+    tree: the structure to fill.
+    state_dict: release's names (with today's timm names) -> arrays.
+
+  Raises:
+    KeyError: if the state dict lacks an entry.
+    ValueError: if an entry does not fit.
+  """
+  flat = traverse_util.flatten_dict(tree)
+  return traverse_util.unflatten_dict({
+    path: layout.to_flax(np.asarray(state_dict[release_name(kind, path)]), path[-1], value.shape)
+    for path, value in flat.items()
+  })  # fmt: skip
+
+
+def to_release(kind: str, tree: Mapping, shapes: Mapping[str, tuple]) -> dict[str, np.ndarray]:
+  """Inverse of `load_branch`: a tree like a branch's variables -> the release's names and layouts.
+
+  Args:
+    kind: 'local' or 'global'.
+    tree: parameters, gradients or running statistics of a branch.
+    shapes: release's name -> PyTorch shape.
+  """
+  out = {}
+  for path, value in traverse_util.flatten_dict(tree).items():
+    name = release_name(kind, path)
+    out[name] = layout.to_torch(np.asarray(value), path[-1], tuple(shapes[name]))
+  return out

@@ -1,0 +1,122 @@
+"""Losses of CLVC-Net and CRN, per-device code.
+
+Each function returns this device's share: the sum of the shares over the devices is the loss of
+the global batch, and the sum of their gradients is its gradient. In-batch negatives are gathered
+over the devices.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from crn_jax.models.crn import BranchOutput
+
+# Scale of the cosine logits in the mutual KL; a constant, unlike the classification's.
+MUTUAL_KL_SCALE = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """How the global batch is laid out over devices.
+
+  Attributes:
+    axis_name: mapped axis, or None on a single device.
+  """
+
+  axis_name: str | None = None
+
+  def size(self, local: jax.Array) -> int:
+    """Number of rows over all devices."""
+    return local.shape[0] * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+
+  def gather(self, local: jax.Array) -> jax.Array:
+    """Rows of all devices, in order."""
+    if not self.axis_name:
+      return local
+    return jax.lax.all_gather(local, self.axis_name, tiled=True)
+
+  def labels(self, local: jax.Array) -> jax.Array:
+    """Position of each local row in the gathered rows."""
+    first = jax.lax.axis_index(self.axis_name) * local.shape[0] if self.axis_name else 0
+    return first + jnp.arange(local.shape[0])
+
+
+def normalize(x: jax.Array) -> jax.Array:
+  """L2-normalises rows; the divisor is max(norm, 1e-12).
+
+  Written with the square so that the gradient at a zero row is zero, not NaN.
+  """
+  return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
+
+
+def cosine_logits(queries: jax.Array, targets: jax.Array, batch: Batch) -> jax.Array:
+  """Cosine of each local query with each target of the global batch: [local, global]."""
+  return normalize(queries) @ batch.gather(normalize(targets)).T
+
+
+def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
+  """Batch-based classification: each query picks its target among all targets of the batch.
+
+  Args:
+    queries, targets: [local batch, dim].
+    logit_scale: [1] inverse temperature.
+    batch: layout over devices.
+
+  Returns:
+    Share of the mean cross-entropy in nats.
+  """
+  logits = logit_scale * cosine_logits(queries, targets, batch)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(queries))
+  return jnp.sum(losses) / batch.size(queries)
+
+
+def mutual_kl(queries, targets, teacher_queries, teacher_targets, batch: Batch) -> jax.Array:
+  """KL(teacher || student) of the rankings over the batch, a mean over queries, in nats."""
+  student = jax.nn.log_softmax(MUTUAL_KL_SCALE * cosine_logits(queries, targets, batch))
+  teacher = jax.nn.log_softmax(
+    MUTUAL_KL_SCALE * cosine_logits(teacher_queries, teacher_targets, batch)
+  )
+  return jnp.sum(jnp.exp(teacher) * (teacher - student)) / batch.size(queries)
+
+
+def mean_square(a: jax.Array, b: jax.Array, batch: Batch) -> jax.Array:
+  """Share of the mean squared difference over all elements of the global batch."""
+  elements_per_row = a[0].size
+  return jnp.sum(jnp.square(a - b).astype(jnp.promote_types(a.dtype, jnp.float32))) / (
+    elements_per_row * batch.size(a)
+  )
+
+
+def branch_losses(
+  out: BranchOutput, teacher: BranchOutput, weights: ml_collections.ConfigDict, batch: Batch
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """All losses of one branch against its frozen partner.
+
+  Args:
+    out: the branch's outputs.
+    teacher: the partner's outputs; only its two vectors are used, and no gradient enters them.
+    weights: the `loss` part of the configuration.
+    batch: layout over devices.
+
+  Returns:
+    Share of the weighted total, and the shares of the unweighted terms by name.
+  """
+  teacher_query = jax.lax.stop_gradient(teacher.query_vector)
+  teacher_target = jax.lax.stop_gradient(teacher.target_vector)
+  q, t, scale = out.query_vector, out.target_vector, out.logit_scale
+  terms = {
+    "classification": classification(q, t, scale, batch),
+    "cross_branch": mean_square(t, teacher_target, batch) + mean_square(q, teacher_query, batch),
+    "mutual_kl": mutual_kl(q, t, teacher_query, teacher_target, batch),
+  }
+  if out.composed_map is not None:
+    terms["perceptual"] = mean_square(out.composed_map, out.target_map, batch)
+  if out.difference is not None:
+    terms["modification"] = classification(out.difference, out.text_vector, scale, batch)
+  if out.auxiliary_vector is not None:
+    terms["auxiliary"] = classification(out.auxiliary_vector, t, scale, batch)
+  total = sum(weights[name] * value for name, value in terms.items())
+  return total, terms

@@ -1,0 +1,78 @@
+"""Image head with the hierarchical aggregation transformer (HAT) of CRN.
+
+A window-based multi-stage backbone loses edge information on the way to its last map; HAT adds a
+projection of the image vector and of the stage means back to it (abstract of Yang et al., IEEE
+TIP 2023; the paper's equations were not available, the layer is the one that the authors' PyTorch
+release defines and then does not use).
+"""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from crn_jax.models import initializers
+from crn_jax.models.layers import GeM
+from crn_jax.models.swin import SwinOutput
+
+
+@flax.struct.dataclass
+class ImageOutput:
+  """What one branch makes of an image.
+
+  Attributes:
+    map: [batch, h, w, map_dim] what composition, pooling and the perceptual loss see.
+    vector: [batch, feature_dim] image vector, not normalised.
+    aggregated: [batch, h, w, map_dim] HAT's map, whether it is used or not; None without HAT.
+  """
+
+  map: jax.Array
+  vector: jax.Array
+  aggregated: jax.Array | None
+
+
+class ImageHead(nn.Module):
+  """Backbone maps -> map and vector.
+
+  Attributes:
+    map_dim: width of the map.
+    feature_dim: width of the vector.
+    keep_map: whether positions are kept; otherwise the map is pooled to 1 x 1, as released.
+    aggregation: 'used'; 'discarded' (computed without effect, as released); 'none'.
+  """
+
+  map_dim: int
+  feature_dim: int
+  keep_map: bool
+  aggregation: str
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, features: SwinOutput) -> ImageOutput:
+    """See `ImageOutput`.
+
+    Raises:
+      ValueError: on an unknown `aggregation`.
+    """
+    if self.aggregation not in ("used", "discarded", "none"):
+      raise ValueError(
+        f"model.aggregation must be 'used', 'discarded' or 'none', not {self.aggregation!r}"
+      )
+    x = features.map if self.keep_map else jnp.mean(features.map, (1, 2), keepdims=True)
+    lift = initializers.torch_dense(
+      x.shape[-1], self.map_dim, self.dtype, use_bias=False, name="lift"
+    )
+    pool = GeM(name="pool")
+    to_vector = initializers.torch_dense(self.map_dim, self.feature_dim, self.dtype, name="fc")
+    plain = lift(x)
+    vector = to_vector(pool(plain))
+    if self.aggregation == "none":
+      return ImageOutput(plain, vector, None)
+    # The two maps before the last, or the one there is in a backbone of two stages.
+    means = [jnp.mean(stage, (1, 2)) for stage in features.stages[-3:-1]]
+    parts = jnp.concatenate([vector, *means], axis=-1)
+    mix = initializers.torch_dense(parts.shape[-1], self.map_dim, self.dtype, name="aggregation_fc")
+    aggregated = plain + mix(parts)[:, None, None, :]
+    if self.aggregation == "discarded":
+      return ImageOutput(plain, vector, aggregated)
+    return ImageOutput(aggregated, to_vector(pool(aggregated)), aggregated)

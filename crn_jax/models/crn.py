@@ -1,0 +1,223 @@
+"""CRN: a local and a global branch over the (reference, text, target) triplet.
+
+Yang, Ye, Cai, Su, Du: "Composed Image Retrieval via Cross Relation Network with Hierarchical
+Aggregation Transformer", IEEE TIP 32, 2023; grown from CLVC-Net (Wen et al., SIGIR 2021). The two
+branches share nothing but their form; they differ in their composition module.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from crn_jax.models import swin
+from crn_jax.models.aggregation import ImageHead, ImageOutput
+from crn_jax.models.composition import GlobalComposition, LocalComposition
+from crn_jax.models.initializers import torch_dense
+from crn_jax.models.layers import GeM
+from crn_jax.models.relation import Relation
+from crn_jax.models.text import TextEncoder, max_over_words
+
+BRANCHES = ("local", "global")
+
+
+@flax.struct.dataclass
+class QueryOutput:
+  """A composed query.
+
+  Attributes:
+    vector: [batch, feature_dim] query vector, not normalised.
+    composed: [batch, h, w, map_dim] (local) or [batch, words, feature_dim] (global).
+    attention: [batch, words, h, w]; sums to 1 over the words (local) or the positions (global).
+  """
+
+  vector: jax.Array
+  composed: jax.Array
+  attention: jax.Array
+
+
+@flax.struct.dataclass
+class BranchOutput:
+  """Everything that losses need of one branch. Vectors are [batch, feature_dim].
+
+  Attributes:
+    query_vector: composed query.
+    target_vector: target image.
+    logit_scale: [1] trained inverse temperature of the classification.
+    composed_map: local branch: composed map [batch, h, w, map_dim]; global: None.
+    target_map: local branch: map of the target; global: None.
+    difference: relation of query and target, or None if not asked for.
+    text_vector: maximum over the text's words, or None if not asked for.
+    auxiliary_vector: composition of a zero image with the text, or None if not asked for.
+  """
+
+  query_vector: jax.Array
+  target_vector: jax.Array
+  logit_scale: jax.Array
+  composed_map: jax.Array | None = None
+  target_map: jax.Array | None = None
+  difference: jax.Array | None = None
+  text_vector: jax.Array | None = None
+  auxiliary_vector: jax.Array | None = None
+
+
+class Branch(nn.Module):
+  """One branch: backbone, text encoder, image head, composition, relation.
+
+  Attributes:
+    kind: 'local' or 'global'.
+    config: the `model` part of the configuration; see `configs/default.py`.
+    vocab_size: number of word ids.
+    axis_name: mapped axis over which the batch is split, if any.
+  """
+
+  kind: str
+  config: ml_collections.FrozenConfigDict
+  vocab_size: int
+  axis_name: str | None = None
+
+  def setup(self):
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    self.backbone = swin.SwinTransformer(
+      **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in c.backbone.items()},
+      dtype=dtype,
+      axis_name=self.axis_name,
+    )
+    self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
+    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
+    composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]
+    self.composition = composition(
+      c.feature_dim,
+      c.attention_temperature[self.kind],
+      c.composition.norm,
+      c.composition.residual,
+      self.axis_name,
+      dtype,
+    )
+    self.query_pool = GeM()
+    pooled = c.map_dim if self.kind == "local" else c.feature_dim
+    self.query_fc = torch_dense(pooled, c.feature_dim, dtype)
+    self.relation = Relation(dtype)
+    self.logit_scale = self.param("logit_scale", nn.initializers.constant(10.0), (1,))
+
+  def encode_image(self, images: jax.Array, *, train: bool) -> ImageOutput:
+    """Encodes normalised images [batch, height, width, 3]."""
+    out = self.head(self.backbone(images, train=train))
+    return out.replace(vector=_at_least_float32(out.vector))
+
+  def encode_zero_image(self, height: int, width: int) -> ImageOutput:
+    """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1.
+
+    Without stochastic depth: it is a constant for given parameters.
+    """
+    return self.encode_image(jnp.zeros((1, height, width, 3)), train=False)
+
+  def encode_text(self, tokens: jax.Array, token_mask: jax.Array):
+    """Word features [batch, words, feature_dim] and the mask of the words that take part."""
+    mask = token_mask if self.config.mask_padding else jnp.ones_like(token_mask)
+    return self.text(tokens), mask
+
+  def compose(
+    self,
+    image_map: jax.Array,
+    words: jax.Array,
+    word_mask: jax.Array,
+    *,
+    train: bool,
+    update_stats: bool = False,
+  ) -> QueryOutput:
+    """Composes maps [batch, h, w, map_dim] with words; see `LocalComposition`."""
+    composed, attention, mask = self.composition(
+      image_map, words, word_mask, train=train, update_stats=update_stats
+    )
+    vector = self.query_fc(self.query_pool(composed, mask))
+    return QueryOutput(_at_least_float32(vector), composed, attention)
+
+  def compose_zero_image(self, zero_map, words, word_mask, *, train: bool) -> jax.Array:
+    """Text-only query vector [batch, feature_dim]: the zero image's map [1, ...] with each text."""
+    zero_map = jnp.broadcast_to(zero_map, (words.shape[0], *zero_map.shape[1:]))
+    return self.compose(zero_map, words, word_mask, train=train).vector
+
+  def __call__(
+    self,
+    reference: jax.Array,
+    target: jax.Array,
+    tokens: jax.Array,
+    token_mask: jax.Array,
+    *,
+    train: bool,
+    modification: bool,
+    auxiliary: bool,
+  ) -> BranchOutput:
+    """One pass over a batch of triplets.
+
+    Args:
+      reference, target: [batch, height, width, 3] normalised images.
+      tokens: [batch, words] int32.
+      token_mask: [batch, words] bool.
+      train: batch statistics (which then move the running ones) and stochastic depth.
+      modification: whether to compute `difference` and `text_vector`.
+      auxiliary: whether to compute `auxiliary_vector`.
+    """
+    batch = reference.shape[0]
+    # One backbone pass for both; interleaved, so that a shard of triplets is a shard of images.
+    images = jnp.stack([reference, target], axis=1).reshape(2 * batch, *reference.shape[1:])
+    encoded = self.encode_image(images, train=train)
+    words, mask = self.encode_text(tokens, token_mask)
+    query = self.compose(encoded.map[0::2], words, mask, train=train, update_stats=train)
+    out = BranchOutput(query.vector, encoded.vector[1::2], self.logit_scale)
+    if self.kind == "local":
+      out = out.replace(composed_map=query.composed, target_map=encoded.map[1::2])
+    if modification:
+      difference = self.relation(out.query_vector, out.target_vector)
+      out = out.replace(
+        difference=_at_least_float32(difference),
+        text_vector=_at_least_float32(max_over_words(words, mask)),
+      )
+    if auxiliary:
+      zero = self.encode_zero_image(*reference.shape[1:3])
+      out = out.replace(
+        auxiliary_vector=self.compose_zero_image(zero.map, words, mask, train=train)
+      )
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class CRN:
+  """The two branches. Variables are {collection: {'local': ..., 'global': ...}}.
+
+  Attributes:
+    branches: name -> `Branch`.
+  """
+
+  branches: dict[str, Branch]
+
+  def init(self, key: jax.Array, image_size: int, max_words: int) -> dict:
+    """Fresh variables {'params': {branch: ...}, 'batch_stats': {branch: ...}}, float32."""
+    image = jnp.zeros((1, image_size, image_size, 3))
+    tokens = jnp.zeros((1, max_words), jnp.int32)
+    variables = {}
+    for name, branch in self.branches.items():
+      key, branch_key = jax.random.split(key)
+      branch = branch.clone(axis_name=None)
+      variables[name] = branch.init(
+        branch_key, image, image, tokens, tokens == 0, train=False, modification=True,
+        auxiliary=True,
+      )  # fmt: skip
+    return {
+      collection: {name: variables[name].get(collection, {}) for name in variables}
+      for collection in ("params", "batch_stats")
+    }
+
+
+def build(config: ml_collections.ConfigDict, vocab_size: int, axis_name: str | None = None) -> CRN:
+  """Builds CRN from the `model` part of a configuration."""
+  frozen = ml_collections.FrozenConfigDict(config)
+  return CRN({kind: Branch(kind, frozen, vocab_size, axis_name) for kind in BRANCHES})
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,86 @@
+"""Adam with coupled L2 and the published learning-rate decay, as optax transformations."""
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+
+def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int):
+  """Schedule: step -> learning rate.
+
+  'step' is the release's: at the start of epoch e (from 0), if e > 0, e is a multiple of
+  `decay_every_epochs` and e < `max_decay_epoch`, the rate is multiplied by `decay_factor`.
+  'cosine' falls to zero at the last step. Both rise linearly over the first `warmup_steps`.
+
+  Args:
+    config: the `optimizer` part of the configuration.
+    steps_per_epoch: updates an epoch.
+    total_steps: updates of the whole training.
+
+  Raises:
+    ValueError: on an unknown schedule.
+  """
+  if config.schedule == "step":
+    epochs = range(config.decay_every_epochs, config.max_decay_epoch, config.decay_every_epochs)
+    decay = optax.piecewise_constant_schedule(
+      config.learning_rate, {epoch * steps_per_epoch: config.decay_factor for epoch in epochs}
+    )
+  elif config.schedule == "cosine":
+    decay = optax.cosine_decay_schedule(config.learning_rate, total_steps)
+  else:
+    raise ValueError(f"optimizer.schedule must be 'step' or 'cosine', not {config.schedule!r}")
+  if not config.warmup_steps:
+    return decay
+  return lambda step: decay(step) * jnp.minimum(1.0, (step + 1) / config.warmup_steps)
+
+
+def create(
+  config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int
+) -> optax.GradientTransformation:
+  """The optimizer of one branch.
+
+  Weight decay is added to the gradient before Adam (PyTorch's Adam), not decoupled from it.
+  Parameters that no loss reaches are left alone, weight decay included, as PyTorch leaves alone
+  parameters without a gradient: see `unused_parameters`.
+
+  Args:
+    config: the whole configuration.
+    steps_per_epoch: updates an epoch.
+    total_steps: updates of the whole training.
+  """
+  c = config.optimizer
+  clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+  adam = optax.chain(
+    clip,
+    optax.add_decayed_weights(c.weight_decay),
+    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+    optax.masked(optax.scale(c.logit_scale_rate), _named("logit_scale")),
+    optax.scale_by_learning_rate(learning_rate(c, steps_per_epoch, total_steps)),
+  )
+  unused = unused_parameters(config)
+
+  def labels(params):
+    flags = jax.tree_util.tree_map_with_path(
+      lambda path, _: any(key.key in unused for key in path), params
+    )
+    return jax.tree.map(lambda flag: "unused" if flag else "trained", flags)
+
+  return optax.partition({"trained": adam, "unused": optax.set_to_zero()}, labels)
+
+
+def unused_parameters(config: ml_collections.ConfigDict) -> frozenset[str]:
+  """Names of the modules that exist in the parameters but reach no loss."""
+  unused = set()
+  if config.model.aggregation == "discarded":
+    unused.add("aggregation_fc")
+  if not config.loss.modification:
+    unused.add("relation")
+  return frozenset(unused)
+
+
+def _named(name: str):
+  """Mask function for optax: True at the leaves called `name`."""
+  return lambda params: jax.tree_util.tree_map_with_path(
+    lambda path, _: getattr(path[-1], "key", None) == name, params
+  )

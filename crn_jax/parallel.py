@@ -1,0 +1,112 @@
+"""Data parallelism: per-device code with a named axis, mapped over all devices.
+
+Two ways to map it, with the same results: `jax.jit(jax.shard_map(...))`, or `jax.pmap`. Arrays are
+either replicated (parameters) or sharded on their leading axis (batches); how a mode lays them out
+on devices is known here only.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+# Name of the axis that per-device code reduces and gathers over.
+AXIS = "data"
+
+REPLICATED, SHARDED = "replicated", "sharded"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataParallel:
+  """Maps per-device functions over devices.
+
+  Attributes:
+    mode: 'shard_map' or 'pmap'.
+    devices: the devices of all processes.
+  """
+
+  mode: str
+  devices: tuple[jax.Device, ...]
+
+  @classmethod
+  def create(cls, mode: str, devices=None) -> "DataParallel":
+    """Over the given devices (default: all of all processes).
+
+    Raises:
+      ValueError: on an unknown mode.
+    """
+    if mode not in ("shard_map", "pmap"):
+      raise ValueError(f"parallel.mode must be 'shard_map' or 'pmap', not {mode!r}")
+    return cls(mode, tuple(devices if devices is not None else jax.devices()))
+
+  def check_batch_size(self, batch_size: int, name: str) -> None:
+    """Raises ValueError if a global batch cannot be split evenly over the devices."""
+    if batch_size % len(self.devices):
+      raise ValueError(
+        f"{name} = {batch_size} must be a multiple of the number of devices, {len(self.devices)}"
+      )
+
+  def map(self, fn: Callable, outputs: Any, donate_first: bool = False) -> Callable:
+    """Compiles `fn(replicated, *sharded)`, per-device code over the axis `AXIS`.
+
+    Args:
+      fn: takes a replicated tree and any number of trees sharded on their leading axis.
+      outputs: REPLICATED or SHARDED for the output, or a tuple of them for a tuple.
+      donate_first: whether the replicated input's buffers may be reused for the output.
+
+    Returns:
+      A function of the same arguments, placed by `replicate` and `shard`.
+    """
+    donate = (0,) if donate_first else ()
+    if self.mode == "pmap":
+      return jax.pmap(fn, axis_name=AXIS, devices=self.devices, donate_argnums=donate)
+    specs = jax.tree.map({REPLICATED: P(), SHARDED: P(AXIS)}.get, outputs)
+
+    def mapped(replicated, *sharded):
+      # check_vma=False: gradients are summed over devices by hand, as pmap needs it.
+      return jax.shard_map(
+        fn, mesh=self._mesh, in_specs=(P(), *(P(AXIS) for _ in sharded)), out_specs=specs,
+        check_vma=False,
+      )(replicated, *sharded)  # fmt: skip
+
+    return jax.jit(mapped, donate_argnums=donate)
+
+  def replicate(self, tree):
+    """Host tree -> one copy a device."""
+    if self.mode == "shard_map":
+      return jax.device_put(tree, NamedSharding(self._mesh, P()))
+    local = self._local_devices
+    stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(local), *np.shape(x))), tree)
+    return jax.device_put(stacked, self._pmap_sharding)
+
+  def shard(self, tree):
+    """Host tree with this process's rows -> rows spread over the devices."""
+    if self.mode == "shard_map":
+      sharding = NamedSharding(self._mesh, P(AXIS))
+      return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+    local = self._local_devices
+    split = jax.tree.map(lambda x: x.reshape(len(local), -1, *x.shape[1:]), tree)
+    return jax.device_put(split, self._pmap_sharding)
+
+  def fetch(self, tree):
+    """Replicated output -> one host copy, as numpy arrays."""
+    if self.mode == "shard_map":
+      return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+
+  @property
+  def _mesh(self) -> Mesh:
+    return Mesh(np.asarray(self.devices), (AXIS,))
+
+  @property
+  def _local_devices(self) -> list[jax.Device]:
+    return [d for d in self.devices if d.process_index == jax.process_index()]
+
+  @property
+  def _pmap_sharding(self) -> NamedSharding:
+    """One row a device of this process: the layout that pmap takes and gives."""
+    return NamedSharding(Mesh(np.asarray(self._local_devices), (AXIS,)), P(AXIS))

@@ -1,0 +1,224 @@
+"""Retrieval by dot product: joined vectors, ranks of the targets, the first k, Recall@K.
+
+A target's rank is a count, not a position in a sorted list: the number of gallery items that score
+above it. That costs little more than the score product, and blocks of queries keep memory at
+block_size x gallery floats. It is the evaluation of the PyTorch release of CRN ("Composed Image
+Retrieval via Cross Relation Network with Hierarchical Aggregation Transformer", IEEE TIP 2023),
+except that equal scores have a defined order: the earlier gallery position comes first.
+
+Features are compared in float32. Nothing here knows what a query or a gallery item is.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+# What the release writes over the score of a query's own reference image.
+EXCLUDED_SCORE = -1e11
+
+_MIN_NORM = 1e-12
+
+
+def combine(local: Array, global_: Array) -> Array:
+  """Joins the features of the two branches into one retrieval vector of unit length.
+
+  normalise([normalise(local), normalise(global_)]) with normalise(x) = x / max(|x|, 1e-12): each
+  branch has half of the weight whatever its scale. An all-zero feature stays zero.
+
+  Args:
+    local: [n, d1] features of the local branch.
+    global_: [n, d2] features of the global branch.
+
+  Returns:
+    [n, d1 + d2] float32; a jax.Array if `local` is one, else a numpy array.
+
+  Raises:
+    ValueError: the inputs are not two matrices with equally many rows.
+  """
+  if local.ndim != 2 or global_.ndim != 2 or len(local) != len(global_):
+    raise ValueError(
+      f"expected local [n, d1] and global_ [n, d2], got {local.shape} and {global_.shape}"
+    )
+  xp = jnp if isinstance(local, jax.Array) else np
+
+  def normalise(x):
+    x = xp.asarray(x, dtype=np.float32)
+    return x / xp.maximum(xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)), _MIN_NORM)
+
+  return normalise(xp.concatenate([normalise(local), normalise(global_)], axis=-1))
+
+
+def target_ranks(
+  queries: Array,
+  gallery: Array,
+  target: Array | Sequence[int],
+  exclude: Array | Sequence[int],
+  *,
+  block_size: int = 512,
+) -> np.ndarray:
+  """Rank of every query's target in the gallery by descending dot product.
+
+  rank = #(items scoring above the target) + #(items scoring the same at an earlier position), which
+  is where a stable sort would put it. The excluded item never counts.
+
+  Args:
+    queries: [q, d] query features.
+    gallery: [g, d] gallery features; moved to the device once.
+    target: [q] int, gallery position of the target, -1 if it is not in the gallery.
+    exclude: [q] int, gallery position to leave out (the reference image), -1 for none.
+    block_size: queries scored at a time. One program is compiled per (block_size, g, d); the last
+      block is padded.
+
+  Returns:
+    [q] int64, 0-based. A target that is not in the gallery gets g, a miss at every cut-off up to g.
+    A target that is itself excluded scores EXCLUDED_SCORE, hence g - 1: behind all others.
+
+  Raises:
+    ValueError: wrong shapes, an empty gallery, positions outside the gallery, or features that are
+      not finite (the message names the matrix and the row).
+  """
+  queries, gallery = _checked_features(queries, gallery)
+  n_gallery = len(gallery)
+  target = _checked_positions("target", target, len(queries), n_gallery)
+  exclude = _checked_positions("exclude", exclude, len(queries), n_gallery)
+  ranks = np.empty(len(queries), np.int64)
+  for rows, (block, t, e) in _blocks((queries, target, exclude), block_size):
+    ranks[rows] = np.asarray(_rank_block(block, gallery, t, e))[: rows.stop - rows.start]
+  ranks[target < 0] = n_gallery
+  return ranks
+
+
+def top_k(
+  queries: Array,
+  gallery: Array,
+  k: int,
+  exclude: Array | Sequence[int],
+  *,
+  block_size: int = 512,
+) -> tuple[np.ndarray, np.ndarray]:
+  """The k best gallery items of every query, best first; equal scores in gallery order.
+
+  Args:
+    queries: [q, d] query features.
+    gallery: [g, d] gallery features.
+    k: how many; at most g are returned.
+    exclude: [q] int, gallery position to leave out, -1 for none. It scores EXCLUDED_SCORE, so it
+      shows up, last, only when the whole gallery is asked for.
+    block_size: queries scored at a time, as in `target_ranks`.
+
+  Returns:
+    (indices, scores): [q, min(k, g)] int64 gallery positions and [q, min(k, g)] float32.
+
+  Raises:
+    ValueError: as `target_ranks`, or k < 1.
+  """
+  if k < 1:
+    raise ValueError(f"k must be at least 1, got {k}")
+  queries, gallery = _checked_features(queries, gallery)
+  exclude = _checked_positions("exclude", exclude, len(queries), len(gallery))
+  k = min(k, len(gallery))
+  indices = np.empty((len(queries), k), np.int64)
+  scores = np.empty((len(queries), k), np.float32)
+  for rows, (block, e) in _blocks((queries, exclude), block_size):
+    best_scores, best = _top_k_block(block, gallery, e, k)
+    indices[rows] = np.asarray(best)[: rows.stop - rows.start]
+    scores[rows] = np.asarray(best_scores)[: rows.stop - rows.start]
+  return indices, scores
+
+
+def recall_at_k(ranks: Array, ks: Iterable[int]) -> dict[int, float]:
+  """Share of queries whose target is among the first k of their ranking.
+
+  Args:
+    ranks: [q] int, 0-based rank of the target, as from `target_ranks`.
+    ks: cut-offs, e.g. (1, 10, 50). A target that is not in the gallery is a miss only up to k = g.
+
+  Returns:
+    {k: percent in [0, 100]} of all queries.
+
+  Raises:
+    ValueError: there are no queries.
+  """
+  ranks = np.asarray(ranks)
+  if ranks.size == 0:
+    raise ValueError("recall of no queries is undefined: ranks is empty")
+  return {k: 100.0 * float(np.mean(ranks < k)) for k in ks}
+
+
+@jax.jit
+def _rank_block(queries, gallery, target, exclude):
+  scores, column = _scores(queries, gallery, exclude)  # (block, g), (1, g)
+  target = target[:, None]
+  # Taken from the same product as all others: a dot product of its own could differ in the last bit
+  # and put the target before or behind itself.
+  target_score = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=1)
+  ahead = (scores > target_score) | ((scores == target_score) & (column < target))
+  return jnp.sum(ahead & (column != exclude[:, None]), axis=1, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames="k")
+def _top_k_block(queries, gallery, exclude, k):
+  scores, _ = _scores(queries, gallery, exclude)
+  return jax.lax.top_k(scores, k)
+
+
+def _scores(queries, gallery, exclude):
+  # Default precision is TF32 or bfloat16 on accelerators, which reorders close neighbours.
+  scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+  column = jnp.arange(gallery.shape[0], dtype=jnp.int32)[None, :]
+  return jnp.where(column == exclude[:, None], EXCLUDED_SCORE, scores), column
+
+
+def _blocks(
+  arrays: tuple[np.ndarray, ...], block_size: int
+) -> Iterator[tuple[slice, tuple[np.ndarray, ...]]]:
+  """Yields (rows, blocks of block_size rows); the last blocks are filled up with zeros."""
+  if block_size < 1:
+    raise ValueError(f"block_size must be at least 1, got {block_size}")
+  n = len(arrays[0])
+  for start in range(0, n, block_size):
+    rows = slice(start, min(start + block_size, n))
+    pad = start + block_size - rows.stop
+    yield rows, tuple(np.pad(a[rows], ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in arrays)
+
+
+def _checked_features(queries: Array, gallery: Array) -> tuple[np.ndarray, jax.Array]:
+  """Both in float32: queries on the host, from where blocks leave; gallery on the device."""
+  if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+    raise ValueError(
+      f"expected queries [q, d] and gallery [g, d], got {queries.shape} and {gallery.shape}"
+    )
+  if len(gallery) == 0:
+    raise ValueError("the gallery is empty")
+  queries = np.asarray(queries, dtype=np.float32)
+  gallery = jnp.asarray(gallery, dtype=jnp.float32)
+  for name, finite in (
+    ("queries", np.isfinite(queries).all(axis=1)),
+    ("gallery", np.asarray(jnp.isfinite(gallery).all(axis=1))),
+  ):
+    bad = np.flatnonzero(~finite)
+    if bad.size:
+      raise ValueError(
+        f"{name}: {bad.size} of {len(finite)} rows are not finite in float32, first row {bad[0]}"
+      )
+  return queries, gallery
+
+
+def _checked_positions(name: str, positions, n_queries: int, n_gallery: int) -> np.ndarray:
+  positions = np.asarray(positions)
+  if positions.shape != (n_queries,):
+    raise ValueError(f"{name}: expected shape ({n_queries},), got {positions.shape}")
+  if n_queries and not np.issubdtype(positions.dtype, np.integer):
+    raise ValueError(f"{name}: expected integers, got {positions.dtype}")
+  bad = np.flatnonzero((positions < -1) | (positions >= n_gallery))
+  if bad.size:
+    raise ValueError(
+      f"{name}: expected -1 or a position in a gallery of {n_gallery}, "
+      f"got {positions[bad[0]]} at query {bad[0]}"
+    )
+  return positions.astype(np.int32)

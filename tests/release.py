@@ -1,0 +1,71 @@
+"""The release's golden numbers and weights, for the parity tests (origin: tests/goldens/README.md)."""
+
+import json
+import pathlib
+
+import flax.core
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import default
+from crn_jax.convert import release as names
+from crn_jax.models import crn
+from tests.goldens import recipe
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+VOCAB_SIZE = 35
+
+
+def load_json(name: str) -> dict:
+  return json.loads((GOLDENS / name).read_text())
+
+
+SHAPES = {kind: load_json("forward_eval.json")[f"state_dict_small_{kind}"] for kind in crn.BRANCHES}
+
+
+def config(dtype: str = "float32"):
+  """The small size that the goldens were made with: Swin-L's widths, less depth."""
+  c = default.get_config("crn_released")
+  c.model.backbone.update(depths=(2, 2, 1, 1), window_size=4, drop_path_rate=0.0)
+  c.model.dtype = dtype
+  return c
+
+
+def variables(kind: str, branch: crn.Branch, dtype=np.float32) -> dict:
+  """The recipe's weights in a branch's structure: {'params', 'batch_stats'}."""
+  state = {n: recipe.param(f"{kind}.{n}", s) for n, s in SHAPES[kind].items()}
+  image, tokens = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 3), jnp.int32)
+  shapes = jax.eval_shape(
+    lambda: branch.init(
+      jax.random.key(0), image, image, tokens, tokens == 0, train=False, modification=True,
+      auxiliary=True,
+    )
+  )  # fmt: skip
+  shapes = flax.core.unfreeze(shapes)
+  loaded = {k: names.load_branch(kind, v, state) for k, v in shapes.items()}
+  return jax.tree.map(lambda x: jnp.asarray(x, dtype), loaded)
+
+
+def nhwc(name: str, shape, dtype=np.float32) -> jnp.ndarray:
+  """The recipe's image [batch, 3, h, w] as [batch, h, w, 3]."""
+  return jnp.asarray(recipe.image(name, shape).transpose(0, 2, 3, 1), dtype)
+
+
+def distance(goldens, name: str, value) -> float:
+  """Largest difference to the golden array, relative to the golden's largest value.
+
+  Args:
+    goldens: a loaded .npz.
+    name: of a golden stored whole or as a strided sample.
+    value: computed array in PyTorch's layout.
+  """
+  value = np.asarray(value)
+  if name in goldens.files:
+    expected = goldens[name]
+    value = value.reshape(expected.shape)
+  else:
+    expected = goldens[f"{name}#sample"]
+    assert tuple(goldens[f"{name}#shape"]) == value.shape, (name, value.shape)
+    value = value.reshape(-1)[:: int(goldens[f"{name}#step"])]
+  return float(np.abs(value - expected).max() / np.abs(expected).max())
