@@ -1,10 +1,12 @@
 """The release's golden numbers and weights, for the parity tests (origin: tests/goldens/README.md)."""
 
+import contextlib
 import json
 import pathlib
 
 import flax.core
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,6 +24,15 @@ def load_json(name: str) -> dict:
 
 
 SHAPES = {kind: load_json("forward_eval.json")[f"state_dict_small_{kind}"] for kind in crn.BRANCHES}
+
+
+@contextlib.contextmanager
+def double_precision():
+  """float64 for what is traced inside; JAX's setting is as before afterwards."""
+  # The first is the newer name.
+  enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+  with enable(True):
+    yield
 
 
 def config(dtype: str = "float32"):

@@ -1,0 +1,49 @@
+"""A small CRN on the synthetic demo data set: a few minutes on two CPU cores.
+
+python main.py --config=configs/demo.py
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+  """See `configs/default.py`."""
+  config = default.get_config(preset)
+  config.name = "demo" if preset == "crn" else f"demo_{preset}"
+  config.seed = 0
+  config.num_epochs = 5
+  config.batch_size = 64
+
+  data = config.data
+  data.dataset = "demo"
+  data.root = "data/demo"
+  data.max_words = 20
+  data.image_size = 64
+  data.resize = 64
+  data.augment = "none"
+  data.cache_images = True
+
+  model = config.model
+  model.pretrained = ""
+  model.backbone.update(
+    embed_dim=64, depths=(1, 1), num_heads=(2, 4), patch_size=8, window_size=4, drop_path_rate=0.0
+  )
+  model.map_dim = 128
+  model.feature_dim = 128
+  model.word_dim = 64
+  # Trained from scratch in a few hundred steps, unlike the published sizes.
+  model.composition.norm = "layer"
+  model.composition.residual = True
+
+  optimizer = config.optimizer
+  optimizer.learning_rate = 1e-3
+  optimizer.schedule = "cosine"
+  optimizer.warmup_steps = 50
+  optimizer.clip_norm = 1.0
+  optimizer.logit_scale_rate = 30.0
+
+  config.eval.batch_size = 128
+  config.eval.every_epochs = 5
+  return config

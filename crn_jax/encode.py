@@ -1,0 +1,142 @@
+"""Retrieval vectors of images and queries, every distinct image encoded once.
+
+Maps of reference images are large (7 x 7 x 2048 floats a branch), so queries are composed right
+after the batch of images that holds their references, and no map outlives its batch.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import tqdm
+
+from crn_jax import ranking
+from crn_jax.input_pipeline import images, loader
+from crn_jax.input_pipeline.dataset import EvalSplit
+from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.models.crn import BRANCHES, CRN, Branch
+from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """Unit vectors of both branches joined (`ranking.combine`), [n, 2 * feature_dim] float32.
+
+  Attributes:
+    images: one row an image of the split; also the image-only query of a reference.
+    composed: one row a query.
+    text_only: one row a query, composed of its text and the zero image.
+  """
+
+  images: np.ndarray
+  composed: np.ndarray
+  text_only: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+  """Compiled per-device encoders; build it once, its programs serve every split and checkpoint.
+
+  Attributes:
+    parallel: layout over devices.
+    config: the whole configuration.
+    zero_maps: variables -> maps of the zero image.
+    encode_images: (variables, pictures) -> (maps, joined vectors).
+    compose: ((variables, zero maps), maps, rows, tokens, mask) -> joined vectors of composed and
+      text-only queries.
+  """
+
+  parallel: DataParallel
+  config: ml_collections.ConfigDict
+  zero_maps: Callable
+  encode_images: Callable
+  compose: Callable
+
+  @classmethod
+  def create(cls, crn: CRN, config: ml_collections.ConfigDict, parallel: DataParallel) -> "Encoder":
+    """Builds the encoders; `crn` must be built with the axis `parallel.AXIS`.
+
+    Raises:
+      ValueError: if eval.batch_size does not split over the devices.
+    """
+    parallel.check_batch_size(config.eval.batch_size, "eval.batch_size")
+    size = config.data.image_size
+
+    def apply(variables, name, method, *args, **kwargs):
+      own = {collection: tree[name] for collection, tree in variables.items()}
+      return crn.branches[name].apply(own, *args, **kwargs, method=method)
+
+    def gathered(vectors):
+      joined = ranking.combine(vectors["local"], vectors["global"])
+      return jax.lax.all_gather(joined, AXIS, tiled=True)
+
+    def zero_maps(variables):
+      return {n: apply(variables, n, Branch.encode_zero_image, size, size).map for n in BRANCHES}
+
+    def encode_images(variables, pictures):
+      pictures = images.normalize(pictures)
+      out = {n: apply(variables, n, Branch.encode_image, pictures, train=False) for n in BRANCHES}
+      return {n: o.map for n, o in out.items()}, gathered({n: o.vector for n, o in out.items()})
+
+    def compose(constants, maps, rows, tokens, mask):
+      variables, zero = constants
+      composed, text_only = {}, {}
+      for n in BRANCHES:
+        words = apply(variables, n, Branch.encode_text, tokens, mask)
+        all_maps = jax.lax.all_gather(maps[n], AXIS, tiled=True)
+        references = jnp.take(all_maps, rows, axis=0)
+        query = apply(variables, n, Branch.compose, references, *words, train=False)
+        composed[n] = query.vector
+        text_only[n] = apply(
+          variables, n, Branch.compose_zero_image, zero[n], *words, train=False
+        )
+      return gathered(composed), gathered(text_only)
+
+    return cls(
+      parallel,
+      config,
+      parallel.map(zero_maps, REPLICATED),
+      parallel.map(encode_images, (SHARDED, REPLICATED)),
+      parallel.map(compose, (REPLICATED, REPLICATED)),
+    )
+
+  def encode(self, variables, split: EvalSplit, vocabulary: Vocabulary) -> Encoded:
+    """Encodes a split.
+
+    Args:
+      variables: {'params', 'batch_stats'}, placed by `parallel.replicate`.
+      split: images and queries.
+      vocabulary: of the run.
+    """
+    data, batch = self.config.data, self.config.eval.batch_size
+    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    pictures = loader.eval_image_batches(
+      split.image_paths, batch_size=batch, image_size=data.image_size, resize=data.resize, **process
+    )
+    tokens, mask = vocabulary.encode_all(split.queries.texts)
+    constants = (variables, self.zero_maps(variables))
+    vectors = []
+    composed = np.zeros((len(split.queries), 2 * self.config.model.feature_dim), np.float32)
+    text_only = np.zeros_like(composed)
+    progress = tqdm.tqdm(
+      total=len(split.image_paths), desc=f"encode {split.name}", unit="image", leave=False
+    )
+    for i, placed in enumerate(loader.prefetch_to_device(pictures, self.parallel.shard)):
+      maps, image_vectors = self.encode_images(variables, placed)
+      vectors.append(self.parallel.fetch(image_vectors))
+      due = np.flatnonzero(split.queries.reference // batch == i)
+      for start in range(0, len(due), batch):
+        queries = due[start : start + batch]
+        # Padded by repetition to the one compiled shape.
+        padded = np.resize(queries, batch)
+        local = np.split(padded, process["process_count"])[process["process_index"]]
+        rows = (split.queries.reference[local] % batch).astype(np.int32)
+        args = self.parallel.shard((rows, tokens[local], mask[local]))
+        out = self.parallel.fetch(self.compose(constants, maps, *args))
+        composed[queries], text_only[queries] = (x[: len(queries)] for x in out)
+      progress.update(min(batch, len(split.image_paths) - i * batch))
+    progress.close()
+    return Encoded(np.concatenate(vectors)[: len(split.image_paths)], composed, text_only)

@@ -1,0 +1,41 @@
+"""Trains or evaluates CRN: python main.py --config=configs/demo.py."""
+
+import os
+
+# Before TensorFlow is first imported: its start-up notices are of no use to anybody here.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from crn_jax import train
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
+)
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
+_CHECKPOINT = flags.DEFINE_enum(
+  "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
+)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; options are written --name=value")
+  logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
+  config = _CONFIG.value
+  workdir = _WORKDIR.value or os.path.join("runs", config.name)
+  try:
+    if _MODE.value == "train":
+      print(train.train(config, workdir))
+    else:
+      print(train.evaluate_run(config, workdir, _CHECKPOINT.value))
+  except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+    # What the user can mend is said in the message; a traceback would bury it.
+    raise SystemExit(f"error: {error}") from error
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

@@ -1,0 +1,88 @@
+"""Padding: in preset `crn` it takes no part, in `crn_released` it acts like words."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crn_jax.models import crn
+from tests import tiny
+
+# Of the largest element; sums over longer rows are taken in another order.
+TOLERANCE = 1e-6
+LENGTHS = np.array([3, 8, 5, 2])
+TOKENS = np.random.default_rng(0).integers(1, tiny.VOCAB_SIZE, (4, 8))
+
+
+class Composer:
+  """One branch with fresh weights and made-up running statistics."""
+
+  def __init__(self, preset: str, kind: str):
+    config = tiny.config(preset)
+    side = 2 if config.model.keep_map else 1
+    self.branch = tiny.model(config).branches[kind]
+    variables = {k: v[kind] for k, v in tiny.variables(config).items()}
+    variables["batch_stats"] = jax.tree.map(
+      lambda x: x + 0.1 * np.cos(np.arange(x.size)), variables["batch_stats"]
+    )
+    self.variables = variables
+    self.maps = jax.random.normal(jax.random.key(1), (4, side, side, config.model.map_dim))
+
+  def __call__(self, rows, words: int, train: bool = False):
+    """Query vectors and text vectors of some rows padded to `words`, new running statistics."""
+    mask = np.arange(words) < LENGTHS[rows][:, None]
+    tokens = np.zeros(mask.shape, np.int32)
+    tokens[mask] = TOKENS[rows][np.arange(8) < LENGTHS[rows][:, None]]
+
+    def method(module):
+      encoded, word_mask = module.encode_text(jnp.asarray(tokens), jnp.asarray(mask))
+      query = module.compose(
+        self.maps[np.asarray(rows)], encoded, word_mask, train=train, update_stats=train
+      )
+      return query, crn.max_over_words(encoded, word_mask)
+
+    (query, text), updated = self.branch.apply(
+      self.variables, method=method, mutable=["batch_stats"]
+    )
+    return np.asarray(query.vector), np.asarray(text), updated["batch_stats"]
+
+
+@pytest.fixture(scope="module", params=crn.BRANCHES)
+def composer(request):
+  return Composer("crn", request.param)
+
+
+def distance(a, b) -> float:
+  return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+@pytest.mark.parametrize("row", range(4))
+def test_a_query_does_not_depend_on_its_batch_mates_nor_on_the_padded_length(composer, row):
+  query, text, _ = composer([row], words=8)
+  queries, texts, _ = composer([0, 1, 2, 3], words=12)
+  assert distance(queries[row], query[0]) < TOLERANCE
+  assert distance(texts[row], text[0]) < TOLERANCE
+
+
+def test_training_does_not_depend_on_the_padded_length(composer):
+  """Neither BatchNorm's batch statistics, which normalise, nor the running ones."""
+  short, _, short_stats = composer([0, 1, 2, 3], words=8, train=True)
+  long, _, long_stats = composer([0, 1, 2, 3], words=12, train=True)
+  # Batch statistics over few rows amplify rounding by the inverse of small deviations.
+  assert distance(long, short) < 10 * TOLERANCE
+  moved = jax.tree.map(
+    lambda a, b: distance(a, b) > 0.01, short_stats, composer.variables["batch_stats"]
+  )
+  assert all(jax.tree.leaves(moved))
+  for a, b in zip(jax.tree.leaves(long_stats), jax.tree.leaves(short_stats), strict=True):
+    assert distance(a, b) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+def test_as_released_a_query_depends_on_the_padded_length(kind):
+  composer = Composer("crn_released", kind)
+  alone, _, _ = composer([0], words=3)
+  same, _, _ = composer([0, 3], words=3)
+  padded, _, _ = composer([0], words=8)
+  assert distance(same[0], alone[0]) < TOLERANCE
+  assert distance(padded[0], alone[0]) > 0.01

@@ -1,0 +1,110 @@
+"""The two relation losses against the PyTorch release, which defines them and leaves them out.
+
+Recomputed from the release's modules with all terms summed (tests/goldens/extra_losses.npz). Bounds:
+1e-5 relative in float32, 1e-7 in float64.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crn_jax import losses
+from crn_jax.convert import release as names
+from crn_jax.models import crn
+from tests import release
+from tests.test_train_parity import NO_TRUE_GRADIENT, TERMS, batch
+
+GOLDENS = np.load(release.GOLDENS / "extra_losses.npz")
+TERMS = TERMS | {"correct": "modification", "simi": "auxiliary"}
+TOLERANCE = {"float32": 1e-5, "float64": 1e-7}
+PREFIX = {"float32": "", "float64": "f64."}
+
+pytestmark = pytest.mark.slow
+
+
+def run(dtype: str):
+  """kind -> (losses, outputs, gradient of the total) of both branches at the recipe's weights."""
+  config = release.config(dtype)
+  config.loss.update(modification=1.0, auxiliary=1.0)
+  model = crn.build(config.model, release.VOCAB_SIZE)
+  variables = {k: release.variables(k, b, dtype) for k, b in model.branches.items()}
+  first = batch(0, dtype)
+
+  def forward(kind, params):
+    out, _ = model.branches[kind].apply(
+      variables[kind] | {'params': params}, first['reference'], first['target'],
+      first['tokens'], first['token_mask'], train=True, modification=True, auxiliary=True,
+      mutable=['batch_stats'],
+    )  # fmt: skip
+    return out
+
+  teachers = {k: jax.jit(forward, static_argnums=0)(k, variables[k]["params"]) for k in variables}
+
+  def loss(params, kind, teacher):
+    out = forward(kind, params)
+    total, terms = losses.branch_losses(out, teacher, config.loss, losses.Batch())
+    return total, (terms | {"total": total}, out)
+
+  gradient = jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)
+  results = {}
+  for kind, partner in (("local", "global"), ("global", "local")):
+    gradients, (terms, out) = gradient(variables[kind]["params"], kind, teachers[partner])
+    flat = names.to_release(kind, gradients, release.SHAPES[kind])
+    norms = {n: float(np.linalg.norm(g.astype(np.float64))) for n, g in flat.items()}
+    results[kind] = {k: float(v) for k, v in terms.items()}, jax.tree.map(np.asarray, out), norms
+  return results
+
+
+@pytest.fixture(scope="module", params=["float32", "float64"])
+def results(request):
+  if request.param == "float32":
+    return request.param, run("float32")
+  with release.double_precision():
+    return request.param, run("float64")
+
+
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+def test_losses_equal_the_release(results, kind):
+  dtype, result = results
+  terms, _, _ = result[kind]
+  assert len(terms) == (7 if kind == "local" else 6)
+  for golden, ours in TERMS.items():
+    if ours in terms:
+      expected = float(GOLDENS[f"{PREFIX[dtype]}{kind}.loss.{golden}"])
+      assert terms[ours] == pytest.approx(expected, rel=TOLERANCE[dtype]), ours
+
+
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+@pytest.mark.parametrize(
+  ("golden", "ours"),
+  [
+    ("mod", "text_vector"),
+    ("diff", "difference"),
+    ("zero_query_feature", "auxiliary_vector"),
+    ("query_feature", "query_vector"),
+    ("target_feature", "target_vector"),
+  ],
+)
+def test_vectors_equal_the_release(results, kind, golden, ours):
+  """These goldens are float32 only."""
+  _, result = results
+  value = getattr(result[kind][1], ours)
+  assert release.distance(GOLDENS, f"{kind}.{golden}", value) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+def test_gradient_norms_equal_the_release(results, kind):
+  """Also of the relation module, which has a gradient here, and of HAT's layer, which has none."""
+  dtype, result = results
+  _, _, norms = result[kind]
+  expected = GOLDENS[f"{PREFIX[dtype]}{kind}.grad_l2"]
+  for name, has, norm in zip(
+    GOLDENS[f"{kind}.names"], GOLDENS[f"{kind}.has_grad"], expected, strict=True
+  ):
+    if not has:
+      assert norms[name] == 0.0, name
+    elif (kind, name) in NO_TRUE_GRADIENT:
+      assert norms[name] < 1e-6, name
+    else:
+      assert norms[name] == pytest.approx(norm, rel=TOLERANCE[dtype]), name

@@ -1,0 +1,111 @@
+"""One update of a global batch of 16 is the same on 1, 2 and 8 devices and in both modes.
+
+Bound: 1e-5 of the largest value of each array, in float32; sums over the batch are taken in another
+order on other device counts, which is all that may differ. Stochastic depth is on.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crn_jax import optimizer, parallel, train_step
+from tests import tiny
+
+TOLERANCE = 1e-5
+BATCH = 16
+LAYOUTS = [("shard_map", 1), ("shard_map", 2), ("shard_map", 8), ("pmap", 1), ("pmap", 2),
+           ("pmap", 8)]  # fmt: skip
+
+
+def data_parallel(mode: str, devices: int) -> parallel.DataParallel:
+  return parallel.DataParallel.create(mode, jax.devices()[:devices])
+
+
+def one_update(mode: str, devices: int, update_mode: str, tx=None, steps: int = 1):
+  """State and metrics after training steps, on the host."""
+  config = tiny.config()
+  config.update_mode = update_mode
+  tx = tx or optax.sgd(1.0)  # The new parameters are as good as the gradients.
+  dp = data_parallel(mode, devices)
+  step = dp.map(
+    train_step.make_train_step(tiny.model(config, parallel.AXIS), tx, config, parallel.AXIS),
+    outputs=(parallel.REPLICATED, parallel.REPLICATED),
+    donate_first=True,
+  )
+  state = dp.replicate(jax.tree.map(np.asarray, tiny.state(config, tx)))
+  for i in range(steps):
+    state, metrics = step(state, dp.shard(tiny.batch(config, BATCH, seed=i)))
+  return dp.fetch(state), dp.fetch(metrics)
+
+
+def reference(update_mode: str):
+  """The same update without any mapped axis."""
+  config = tiny.config()
+  config.update_mode = update_mode
+  tx = optax.sgd(1.0)
+  step = jax.jit(train_step.make_train_step(tiny.model(config), tx, config, None))
+  return jax.tree.map(np.asarray, step(tiny.state(config, tx), tiny.batch(config, BATCH)))
+
+
+@pytest.fixture(scope="module")
+def references():
+  return {mode: reference(mode) for mode in ("alternating", "simultaneous")}
+
+
+def distances(tree, expected) -> dict[str, float]:
+  """Largest difference of each array relative to the expected array's largest value."""
+  result = {}
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True
+  ):
+    scale = max(np.abs(b).max(), 1e-30)
+    result[jax.tree_util.keystr(path)] = np.abs(np.asarray(a, np.float64) - b).max() / scale
+  return result
+
+
+def test_eight_devices_are_there():
+  assert jax.device_count() == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("update_mode", ["alternating", "simultaneous"])
+@pytest.mark.parametrize(("mode", "devices"), LAYOUTS)
+def test_an_update_does_not_depend_on_the_devices(references, mode, devices, update_mode):
+  state, metrics = one_update(mode, devices, update_mode)
+  expected_state, expected_metrics = references[update_mode]
+  for got, expected in (
+    (metrics, expected_metrics),
+    (state.params, expected_state.params),
+    (state.batch_stats, expected_state.batch_stats),
+  ):
+    worst = max(distances(got, expected).items(), key=lambda item: item[1])
+    assert worst[1] < TOLERANCE, worst
+  assert state.step == expected_state.step == 1
+
+
+def test_a_batch_that_cannot_be_split_is_refused_by_name():
+  dp = data_parallel("shard_map", 8)
+  dp.check_batch_size(16, "batch_size")
+  with pytest.raises(ValueError, match="batch_size = 12 must be a multiple .* 8"):
+    dp.check_batch_size(12, "batch_size")
+
+
+def test_an_unknown_mode_is_refused_by_name():
+  with pytest.raises(ValueError, match="shard_map.*pmap.*'threads'"):
+    parallel.DataParallel.create("threads")
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_rows_keep_their_order_over_devices(mode):
+  """What is sharded and comes back sharded or gathered has the rows of the host's batch."""
+  dp = data_parallel(mode, 8)
+  rows = np.arange(32, dtype=np.float32).reshape(16, 2)
+  double = dp.map(
+    lambda factor, x: jax.lax.all_gather(factor * x, parallel.AXIS, tiled=True),
+    outputs=parallel.REPLICATED,
+  )
+  np.testing.assert_array_equal(
+    dp.fetch(double(dp.replicate(np.float32(2)), dp.shard(rows))), 2 * rows
+  )
