@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 from crn_jax.models.layers import GeM
 from crn_jax.models.swin import SwinOutput
 
@@ -59,11 +59,11 @@ class ImageHead(nn.Module):
         f"model.aggregation must be 'used', 'discarded' or 'none', not {self.aggregation!r}"
       )
     x = features.map if self.keep_map else jnp.mean(features.map, (1, 2), keepdims=True)
-    lift = initializers.torch_dense(
+    lift = linear.torch_dense(
       x.shape[-1], self.map_dim, self.dtype, use_bias=False, name="lift"
     )
     pool = GeM(name="pool")
-    to_vector = initializers.torch_dense(self.map_dim, self.feature_dim, self.dtype, name="fc")
+    to_vector = linear.torch_dense(self.map_dim, self.feature_dim, self.dtype, name="fc")
     plain = lift(x)
     vector = to_vector(pool(plain))
     if self.aggregation == "none":
@@ -71,7 +71,7 @@ class ImageHead(nn.Module):
     # The two maps before the last, or the one there is in a backbone of two stages.
     means = [jnp.mean(stage, (1, 2)) for stage in features.stages[-3:-1]]
     parts = jnp.concatenate([vector, *means], axis=-1)
-    mix = initializers.torch_dense(parts.shape[-1], self.map_dim, self.dtype, name="aggregation_fc")
+    mix = linear.torch_dense(parts.shape[-1], self.map_dim, self.dtype, name="aggregation_fc")
     aggregated = plain + mix(parts)[:, None, None, :]
     if self.aggregation == "discarded":
       return ImageOutput(plain, vector, aggregated)

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 from crn_jax.models.layers import InceptionUnit
 
 
@@ -32,7 +32,7 @@ class _Composition(nn.Module):
 
   def _embed_and_match(self, image_map, words):
     """Map in the words' space [batch, positions, dim]; logits [batch, words, positions]."""
-    embed = initializers.torch_dense(
+    embed = linear.torch_dense(
       image_map.shape[-1], self.feature_dim, self.dtype, use_bias=False, name="embed"
     )
     e = embed(image_map).reshape(image_map.shape[0], -1, self.feature_dim)

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 
 
 def gem_pool(x: jax.Array, p: jax.Array | float, mask: jax.Array | None = None) -> jax.Array:
@@ -121,7 +121,7 @@ class ConvUnit(nn.Module):
   def __call__(self, x, mask, *, train: bool, update_stats: bool):
     """[batch, *positions, channels] -> [batch, *positions, features]."""
     if self.width == 1:
-      x = initializers.torch_dense(
+      x = linear.torch_dense(
         x.shape[-1], self.features, self.dtype, use_bias=False, name="conv"
       )(x)
     else:
@@ -129,7 +129,7 @@ class ConvUnit(nn.Module):
       fan_in = x.shape[-1] * math.prod(kernel)
       x = nn.Conv(
         self.features, kernel, padding='SAME', use_bias=False, dtype=self.dtype, name='conv',
-        kernel_init=initializers.torch_uniform(fan_in),
+        kernel_init=linear.torch_uniform(fan_in),
       )(masked(x, mask))  # fmt: skip
     if self.norm == "batch":
       bn = BatchNorm(self.axis_name, self.dtype, name="bn")

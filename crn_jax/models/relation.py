@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 
 
 class Relation(nn.Module):
@@ -23,7 +23,7 @@ class Relation(nn.Module):
 
     def fc(name, *parts):
       x = jnp.concatenate(parts, axis=-1)
-      return nn.relu(initializers.torch_dense(x.shape[-1], dim, self.dtype, name=name)(x))
+      return nn.relu(linear.torch_dense(x.shape[-1], dim, self.dtype, name=name)(x))
 
     common = query * target
     own_query, own_target = fc("query_fc", common, query), fc("target_fc", common, target)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 
 # name -> arguments of `SwinTransformer`, as in timm.
 VARIANTS = {
@@ -51,7 +51,7 @@ def layer_norm(dtype, name: str | None = None) -> nn.LayerNorm:
 
 def dense(features: int, dtype, name: str, use_bias: bool = True) -> nn.Dense:
   """A linear layer with timm's initial values (truncated normal 0.02, zero bias)."""
-  return nn.Dense(features, use_bias=use_bias, kernel_init=_trunc_normal, dtype=dtype, name=name)
+  return linear.dense(features, _trunc_normal, nn.initializers.zeros, dtype, use_bias, name)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -250,7 +250,7 @@ class SwinTransformer(nn.Module):
       for j in range(depth):
         x = SwinBlock(
           heads, self.window_size, j % 2 == 1, float(rates[block]), self.dtype, self.axis_name,
-          name=f'stage{i}_block{j}',
+          name=f"stage{i}_block{j}",
         )(x, train=train)  # fmt: skip
         block += 1
     return SwinOutput(layer_norm(self.dtype, "norm")(x), (*stages, x))
@@ -264,7 +264,5 @@ class SwinTransformer(nn.Module):
     x = images.reshape(batch, height // p, p, width // p, p, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
     # Random biases, unlike timm's other layers: they also keep LayerNorm finite on a zero image.
-    uniform = initializers.torch_uniform(p * p * channels)
-    x = nn.Dense(self.embed_dim, kernel_init=uniform, bias_init=uniform, dtype=self.dtype,
-                 name='patch_embed')(x)  # fmt: skip
+    x = linear.torch_dense(x.shape[-1], self.embed_dim, self.dtype, name="patch_embed")(x)
     return layer_norm(self.dtype, "patch_norm")(x)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import initializers
+from crn_jax.models import linear
 
 
 class TextEncoder(nn.Module):
@@ -35,13 +35,13 @@ class TextEncoder(nn.Module):
     Padding stands on the right, so the features of real words never depend on it.
     """
     width = self.feature_dim
-    uniform = initializers.torch_uniform(width)
+    uniform = linear.torch_uniform(width)
     embed = nn.Embed(
       self.vocab_size, self.word_dim, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype,
-      name='embedding',
+      name="embedding",
     )  # fmt: skip
-    gates_of_input = nn.Dense(
-      4 * width, kernel_init=uniform, bias_init=uniform, dtype=self.dtype, name="input_gates"
+    gates_of_input = linear.dense(
+      4 * width, uniform, uniform, self.dtype, name="input_gates"
     )(embed(tokens))
     kernel = self.param("hidden_kernel", uniform, (width, 4 * width)).astype(self.dtype)
     bias = self.param("hidden_bias", uniform, (4 * width,)).astype(self.dtype)

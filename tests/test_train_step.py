@@ -1,0 +1,185 @@
+"""Behaviour of one training update, on a tiny model (numbers: test_train_parity)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crn_jax import parallel, train_step
+from crn_jax.input_pipeline import images
+from crn_jax.models import crn, swin
+from tests import tiny
+
+BATCH = 4
+TX = optax.sgd(0.1)
+
+
+def config(update_mode="alternating", norm="batch", dtype="float32", auxiliary=1.0, drop_path=0.1):
+  c = tiny.config(drop_path_rate=drop_path)
+  c.update_mode = update_mode
+  c.model.composition.norm = norm
+  c.model.dtype = dtype
+  c.loss.auxiliary = auxiliary
+  return c
+
+
+@functools.cache
+def compiled_step(**changes):
+  c = config(**changes)
+  return jax.jit(train_step.make_train_step(tiny.model(c), TX, c, None))
+
+
+@functools.cache
+def start(norm: str = "batch") -> train_step.TrainState:
+  return tiny.state(config(norm=norm), TX)
+
+
+@functools.cache
+def first_update(**changes):
+  """State and metrics after the first step."""
+  return compiled_step(**changes)(start(changes.get("norm", "batch")), tiny.batch(config(), BATCH))
+
+
+def equal(a, b) -> bool:
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_the_update_compiles_once(mode):
+  """Over steps whose state comes from the host and from the step before, on several devices."""
+  c = config()
+  dp = parallel.DataParallel.create(mode, jax.devices()[:2])
+  step = dp.map(
+    train_step.make_train_step(tiny.model(c, parallel.AXIS), TX, c, parallel.AXIS),
+    outputs=(parallel.REPLICATED, parallel.REPLICATED),
+    donate_first=True,
+  )
+  state = dp.replicate(jax.tree.map(np.asarray, start()))
+  for i in range(3):
+    state, _ = step(state, dp.shard(tiny.batch(c, BATCH, seed=i)))
+  state = dp.replicate(dp.fetch(state))
+  state, _ = step(state, dp.shard(tiny.batch(c, BATCH)))
+  assert dp.fetch(state).step == 4
+  assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+  ("update_mode", "auxiliary", "expected"),
+  [
+    ("alternating", 0.0, 6 * BATCH),
+    ("alternating", 1.0, 6 * BATCH + 2),
+    ("simultaneous", 0.0, 4 * BATCH),
+    ("simultaneous", 1.0, 4 * BATCH + 2),
+  ],
+)
+def test_each_image_passes_a_backbone_as_often_as_needed(update_mode, auxiliary, expected):
+  """Reference and target, in both branches and, alternating, in the updated local branch again.
+
+  The auxiliary relation adds one zero image a branch.
+  """
+  c = config(update_mode=update_mode, auxiliary=auxiliary)
+  passed = []
+
+  def count(next_method, args, kwargs, context):
+    if isinstance(context.module, swin.SwinTransformer) and context.method_name == "__call__":
+      passed.append(args[0].shape[0])
+    return next_method(*args, **kwargs)
+
+  step = train_step.make_train_step(tiny.model(c), TX, c, None)
+  with nn.intercept_methods(count):
+    jax.eval_shape(step, start(), tiny.batch(c, BATCH))
+  assert sum(passed) == expected
+
+
+@pytest.mark.slow
+def test_both_update_modes_change_local_alike_and_global_otherwise():
+  """Alternating, the global branch learns from the local branch that was updated already."""
+  (alternating, metrics), (simultaneous, other) = (
+    first_update(update_mode=mode) for mode in ("alternating", "simultaneous")
+  )
+  for a, b in zip(
+    jax.tree.leaves(alternating.params["local"]), jax.tree.leaves(simultaneous.params["local"]),
+    strict=True,
+  ):  # fmt: skip
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  moved = abs(metrics["global/mutual_kl"] / other["global/mutual_kl"] - 1)
+  assert moved > 1e-3
+  # What has no teacher in it is the same.
+  assert metrics["global/classification"] == pytest.approx(other["global/classification"], rel=1e-5)
+  assert not equal(alternating.params["global"], simultaneous.params["global"])
+
+
+def test_an_unknown_update_mode_is_refused_by_name():
+  with pytest.raises(ValueError, match="alternating.*simultaneous.*'joint'"):
+    c = config(update_mode="joint")
+    train_step.make_update(tiny.model(c), TX, c, None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "layer"])
+def test_the_first_gradient_is_finite(norm):
+  """The auxiliary relation's zero image makes LayerNorm, GeM and cosines degenerate."""
+  state, metrics = first_update(norm=norm)
+  assert metrics["local/auxiliary"] > 0
+  for name, value in metrics.items():
+    assert np.isfinite(value), name
+  for path, value in jax.tree_util.tree_leaves_with_path(state.params):
+    assert np.isfinite(value).all(), path
+
+
+@pytest.mark.slow
+def test_running_statistics_are_moved_once_by_the_pass_with_gradients():
+  """Neither the zero image nor the updated local branch's pass as a teacher moves them."""
+  state, _ = first_update(drop_path=0.0)
+  c = config(drop_path=0.0)
+  batch = tiny.batch(c, BATCH)
+  before = start()
+  for name in crn.BRANCHES:
+    _, updated = tiny.model(c).branches[name].apply(
+      {'params': before.params[name], 'batch_stats': before.batch_stats[name]},
+      images.normalize(batch['reference']), images.normalize(batch['target']),
+      batch['tokens'], jnp.asarray(batch['token_mask']), train=True, modification=False,
+      auxiliary=False, mutable=['batch_stats'],
+    )  # fmt: skip
+    got, expected = state.batch_stats[name], updated["batch_stats"]
+    assert len(jax.tree.leaves(got)) == 28
+    assert not equal(got, before.batch_stats[name])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.slow
+def test_an_update_is_a_function_of_seed_and_step():
+  """Stochastic depth draws anew each step, and the same when a run repeats a step."""
+  step, batch = compiled_step(), tiny.batch(config(), BATCH)
+  first, metrics = step(start(), batch)
+  again, _ = step(start(), batch)
+  later, later_metrics = step(start().replace(step=jnp.int32(1)), batch)
+  assert equal(first, again)
+  assert metrics["local/total"] != later_metrics["local/total"]
+  assert metrics["global/total"] != later_metrics["global/total"]
+  assert later.step == 2
+
+
+@pytest.mark.slow
+def test_without_stochastic_depth_nothing_is_random():
+  step, batch = compiled_step(drop_path=0.0), tiny.batch(config(), BATCH)
+  first, _ = step(start(), batch)
+  later, _ = step(start().replace(step=jnp.int32(1)), batch)
+  assert equal(first.params, later.params)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_the_same_losses_roughly():
+  """bfloat16 has 8 bits: 5 % on each term, or 0.01 where a term is small."""
+  state, metrics = first_update(dtype="bfloat16")
+  _, expected = first_update(dtype="float32")
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+  for name, value in expected.items():
+    if not name.endswith("grad_norm"):
+      assert metrics[name] == pytest.approx(value, rel=0.05, abs=0.01), name
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
