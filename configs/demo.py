@@ -11,7 +11,7 @@ from configs import default
 def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   """See `configs/default.py`."""
   config = default.get_config(preset)
-  config.name = "demo" if preset == "crn" else f"demo_{preset}"
+  config.name = f"demo_{preset}"
   config.seed = 0
   config.num_epochs = 5
   config.batch_size = 64

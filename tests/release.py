@@ -1,4 +1,4 @@
-"""The release's golden numbers and weights, for the parity tests (origin: tests/goldens/README.md)."""
+"""Golden numbers and weights of the release, for parity tests (see tests/goldens/README.md)."""
 
 import contextlib
 import json

@@ -1,11 +1,10 @@
 """The two relation losses against the PyTorch release, which defines them and leaves them out.
 
-Recomputed from the release's modules with all terms summed (tests/goldens/extra_losses.npz). Bounds:
-1e-5 relative in float32, 1e-7 in float64.
+Computed with the release's modules, all terms summed (tests/goldens/extra_losses.npz). Bounds: 1e-5
+relative in float32, 1e-7 in float64.
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

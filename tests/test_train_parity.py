@@ -129,11 +129,10 @@ class Trainer:
     return state, gradients, {k: float(v) for k, v in metrics.items()}
 
 
+@jax.jit
 def in_float32(state: train_step.TrainState) -> train_step.TrainState:
-  """A copy of a float64 state on the host."""
-  return jax.tree.map(
-    lambda x: np.asarray(x).astype(np.float32) if x.dtype == np.float64 else np.asarray(x), state
-  )
+  """A float32 copy of a float64 state."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, state)
 
 
 def by_name(tree: dict) -> dict[tuple[str, str], np.ndarray]:
@@ -145,10 +144,6 @@ def by_name(tree: dict) -> dict[tuple[str, str], np.ndarray]:
   }
 
 
-def norm(x) -> float:
-  return float(np.linalg.norm(np.asarray(x, np.float64).reshape(-1)))
-
-
 def facts(kind: str, *keys: str):
   """Names of the goldens' parameters and, in the same order, values: 'f64.x' is f64.<kind>.x."""
   columns = [
@@ -158,9 +153,9 @@ def facts(kind: str, *keys: str):
   return [str(n) for n in GOLDENS[f"{kind}.names"]], *columns
 
 
-def norms(arrays: dict) -> dict[tuple[str, str], float]:
-  """L2 norms, in float64."""
-  return {k: float(np.linalg.norm(v.reshape(-1).astype(np.float64))) for k, v in arrays.items()}
+def norm(x: np.ndarray) -> float:
+  """L2 norm, in float64."""
+  return float(np.linalg.norm(x.reshape(-1).astype(np.float64)))
 
 
 def summarize(metrics, gradient_norms, first, state) -> Run:
@@ -185,16 +180,20 @@ def runs() -> Runs:
     state = double.start()
   metrics, forced_metrics, distances = [], [], []
   for i in range(ITERATIONS):
-    _, gradients, m = single(in_float32(state), i)
+    with release.double_precision():
+      forced = in_float32(state)
+    _, gradients, m = single(forced, i)
     forced_metrics.append(m)
+    del forced
     with release.double_precision():
       state, expected, m = double(state, i)
     metrics.append(m)
-    expected_norms = norms(expected)
     if i == 0:
-      gradient_norms, double_gradient_norms = norms(gradients), expected_norms
-    apart = norms({k: expected[k] - v for k, v in gradients.items()})
-    distances.append({k: v / max(expected_norms[k], 1e-30) for k, v in apart.items()})
+      gradient_norms = {k: norm(v) for k, v in gradients.items()}
+      double_gradient_norms = {k: norm(v) for k, v in expected.items()}
+    distances.append(
+      {k: norm(expected[k] - v) / max(norm(expected[k]), 1e-30) for k, v in gradients.items()}
+    )
     del expected, gradients
   double_run = summarize(metrics, double_gradient_norms, first, state)
   del state
@@ -342,7 +341,7 @@ def test_float32_updates_stay_near_the_release(runs, kind):
   Norms within 1 % (measured: 0.4 %), samples within 20 % (measured: 9 %). Where only rounding
   decides, within three times the release's own distance of float32 to float64.
   """
-  own = {n: d for n, d in zip(*facts(kind, "f64.delta_rel_diff"), strict=True)}
+  own = dict(zip(*facts(kind, "f64.delta_rel_diff"), strict=True))
   for name, has, length in zip(*facts(kind, "has_grad", "delta_l2"), strict=True):
     got_length, got_sample, changed = runs.single.updates[kind, name]
     if not has:
@@ -350,7 +349,8 @@ def test_float32_updates_stay_near_the_release(runs, kind):
       continue
     assert got_length == pytest.approx(length, rel=max(0.01, 3 * own[name])), name
     sample = GOLDENS[f"{kind}.delta_sample.{name}"]
-    assert np.linalg.norm(got_sample - sample) < 0.2 * np.linalg.norm(sample), name
+    tolerance = max(0.2, 3 * own[name])
+    assert np.linalg.norm(got_sample - sample) < tolerance * np.linalg.norm(sample), name
 
 
 @pytest.mark.parametrize("kind", crn.BRANCHES)

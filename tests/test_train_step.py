@@ -12,7 +12,7 @@ import pytest
 from crn_jax import parallel, train_step
 from crn_jax.input_pipeline import images
 from crn_jax.models import crn, swin
-from tests import tiny
+from tests import tiny_model as tiny
 
 BATCH = 4
 TX = optax.sgd(0.1)
@@ -124,7 +124,9 @@ def test_an_unknown_update_mode_is_refused_by_name():
 @pytest.mark.parametrize("norm", ["batch", "layer"])
 def test_the_first_gradient_is_finite(norm):
   """The auxiliary relation's zero image makes LayerNorm, GeM and cosines degenerate."""
-  state, metrics = first_update(norm=norm)
+  c = config(norm=norm)
+  fresh = train_step.TrainState.create(tiny.fresh_variables(c), TX)
+  state, metrics = compiled_step(norm=norm)(fresh, tiny.batch(c, BATCH))
   assert metrics["local/auxiliary"] > 0
   for name, value in metrics.items():
     assert np.isfinite(value), name

@@ -1,12 +1,19 @@
 """timm's Swin Transformer weights -> parameters of `crn_jax.models.swin`."""
 
+import os
+import pathlib
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 from flax import traverse_util
 
+from crn_jax import weights
 from crn_jax.convert import layout
+from crn_jax.models import swin
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 
@@ -83,7 +90,108 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
     shown = "\n  ".join(problems[:10])
     raise ValueError(
       f"{source}: not the weights of this Swin Transformer ({len(problems)} differences):\n"
-      f"  {shown}\nCheck model.backbone (embed_dim, depths, num_heads, patch_size, window_size) and "
-      f"data.image_size against the file."
+      f"  {shown}"
     )
   return traverse_util.unflatten_dict(loaded)
+
+
+def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
+  """Reads the sizes of a Swin Transformer off its weights.
+
+  Args:
+    state_dict: today's timm names -> arrays.
+
+  Returns:
+    Arguments of `swin.SwinTransformer`.
+
+  Raises:
+    KeyError: if these are not the weights of a Swin Transformer.
+  """
+  depths, heads, window = [], [], 0
+  while f"layers.{len(depths)}.blocks.0.norm1.weight" in state_dict:
+    stage = f"layers.{len(depths)}.blocks"
+    table = state_dict[f"{stage}.0.attn.relative_position_bias_table"]
+    window = max(window, (round(table.shape[0] ** 0.5) + 1) // 2)
+    heads.append(table.shape[1])
+    blocks = {name.split(".")[3] for name in state_dict if name.startswith(stage + ".")}
+    depths.append(len(blocks))
+  patches = state_dict["patch_embed.proj.weight"]
+  return {
+    "embed_dim": patches.shape[0],
+    "depths": tuple(depths),
+    "num_heads": tuple(heads),
+    "patch_size": patches.shape[-1],
+    "window_size": window,
+  }
+
+
+def convert_file(
+  source: str | os.PathLike, target: str | os.PathLike, *, replace: bool = False
+) -> str:
+  """Converts a file of timm weights to one for `model.pretrained`.
+
+  Args:
+    source: .safetensors, or a PyTorch file of a state dict.
+    target: file to write.
+    replace: whether an existing target may be replaced.
+
+  Returns:
+    What was converted, for people to read.
+
+  Raises:
+    FileNotFoundError, FileExistsError: no source, or a target that must not be replaced.
+    ValueError: if the source is not a readable file of Swin weights.
+    ImportError: if a PyTorch file is given and PyTorch is not installed.
+  """
+  if pathlib.Path(target).exists() and not replace:
+    raise FileExistsError(f"{target}: exists already; choose another --output or give --force")
+  state_dict = modern_names(read_state_dict(source))
+  try:
+    arguments = swin_arguments(state_dict)
+  except KeyError as error:
+    raise ValueError(
+      f"{source}: not the weights of a Swin Transformer of timm: no {error} in it; it holds "
+      f"{sorted(state_dict)[:3]}..."
+    ) from error
+  # Small grids shrink the window; this many pixels keep every stage at the full window.
+  side = arguments["patch_size"] * arguments["window_size"] * 2 ** (len(arguments["depths"]) - 1)
+  module = swin.SwinTransformer(**arguments)
+  image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+  like = jax.eval_shape(
+    lambda x: module.init(jax.random.key(0), x, train=False)["params"], image
+  )
+  params = load_swin(like, state_dict, str(source))
+  weights.save_backbone(params, target)
+  count = sum(x.size for x in jax.tree.leaves(params))
+  return f"{target}: {count:,} parameters; model.backbone = {arguments}"
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads a state dict as numpy arrays; never runs code from the file.
+
+  Raises:
+    FileNotFoundError, ValueError, ImportError: see `convert_file`.
+  """
+  path = pathlib.Path(path)
+  if not path.exists():
+    raise FileNotFoundError(f"{path}: not found")
+  if path.suffix == ".safetensors":
+    try:
+      return safetensors.numpy.load_file(path)
+    except safetensors.SafetensorError as error:
+      raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+  try:
+    import torch
+  except ImportError as error:
+    raise ImportError(
+      f"{path}: reading a PyTorch file needs PyTorch (pip install torch); timm's weights are also "
+      f"published as .safetensors, which needs nothing more"
+    ) from error
+  try:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+  except Exception as error:  # torch raises many kinds, for files that are damaged or not its own
+    raise ValueError(f"{path}: not a readable PyTorch state dict: {error}") from error
+  for key in ("state_dict", "model"):
+    if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+      loaded = loaded[key]
+  return {name: tensor.numpy() for name, tensor in loaded.items() if hasattr(tensor, "numpy")}

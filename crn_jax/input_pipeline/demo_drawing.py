@@ -111,19 +111,17 @@ def _pattern(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
   if name == "solid":
     return np.zeros_like(u)
   if name == "striped":
-    return (np.mod(v, 0.26) < 0.11).astype(np.float32)
+    return (np.mod(v, 0.50) < 0.22).astype(np.float32)
   if name == "dotted":
-    row = np.floor(v / 0.22)
-    x = np.mod(u + 0.14 * np.mod(row, 2), 0.28) - 0.14
-    y = np.mod(v, 0.22) - 0.11
-    return (x * x + y * y < 0.075**2).astype(np.float32)
+    x = np.mod(u, 0.36) - 0.18
+    y = np.mod(v, 0.36) - 0.18
+    return (x * x + y * y < 0.10**2).astype(np.float32)
   if name == "checked":
-    across = np.mod(u + 0.075, 0.30) < 0.15
-    down = np.mod(v, 0.30) < 0.15
+    across = np.mod(u + 0.125, 0.50) < 0.25
+    down = np.mod(v, 0.50) < 0.25
     return 0.5 * across.astype(np.float32) + 0.5 * down
-  # Zigzag: stripes whose height follows a triangle wave.
-  wave = np.abs(np.mod(u, 0.44) - 0.22)
-  return (np.mod(v + 1.1 * wave, 0.30) < 0.12).astype(np.float32)
+  # Vertical halves of two colours.
+  return (u > 0).astype(np.float32)
 
 
 def _mix(color, other, share: float) -> np.ndarray:
@@ -149,16 +147,16 @@ def draw_garment(category: str, values: dict[str, str], rng: np.random.Generator
   """
   shape = _SILHOUETTES[category]
   side = 2 * image_size
-  angle = np.deg2rad(rng.uniform(-7.0, 7.0))
-  scale = rng.uniform(0.84, 0.96) * side / 2
-  shift = side / 2 + rng.uniform(-0.05, 0.05, 2) * side
+  angle = np.deg2rad(rng.uniform(-4.0, 4.0))
+  scale = rng.uniform(0.90, 0.98) * side / 2
+  shift = side / 2 + rng.uniform(-0.025, 0.025, 2) * side
   rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
   background = rng.uniform(150, 205) + rng.uniform(-10, 10, 3)
-  base = np.clip(np.asarray(_RGB[values["color"]]) + rng.uniform(-14, 14, 3), 0, 255)
+  base = np.clip(np.asarray(_RGB[values["color"]]) + rng.uniform(-10, 10, 3), 0, 255)
   light_angle, light = rng.uniform(0, 2 * np.pi), rng.uniform(0.0, 0.16)
 
   is_light = values["color"] in _LIGHT_COLORS
-  second = _mix(base, (0, 0, 0), 0.55) if is_light else _mix(base, (255, 255, 255), 0.62)
+  second = _mix(base, (0, 0, 0), 0.70) if is_light else _mix(base, (255, 255, 255), 0.80)
   trim = _to_fill(_mix(base, (0, 0, 0), 0.75) if is_light else _mix(base, (255, 255, 255), 0.85))
   outline = _to_fill(_mix(base, (0, 0, 0), 0.45))
 

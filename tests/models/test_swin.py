@@ -65,9 +65,7 @@ def test_windows_shifts_and_stochastic_depth_are_those_of_timm(variant):
     k: [v for stage in facts[k] for v in stage]
     for k in ("drop_path_rates", "window_per_block", "shift_per_block")
   }
-  np.testing.assert_allclose(
-    [b.drop_path_rate for b in blocks], flat["drop_path_rates"], atol=1e-7
-  )
+  np.testing.assert_allclose([b.drop_path_rate for b in blocks], flat["drop_path_rates"], atol=1e-7)
   assert [list(window) for window, _ in attentions] == flat["window_per_block"]
   masked = [mask is not None for _, mask in attentions]
   assert masked == [any(shift) for shift in flat["shift_per_block"]]
@@ -76,7 +74,9 @@ def test_windows_shifts_and_stochastic_depth_are_those_of_timm(variant):
 def state_dict(params) -> dict[str, np.ndarray]:
   """Random weights under timm's names."""
   rng = np.random.default_rng(0)
-  flat = {timm.timm_name(p): (p[-1], v.shape) for p, v in traverse_util.flatten_dict(params).items()}
+  flat = {
+    timm.timm_name(p): (p[-1], v.shape) for p, v in traverse_util.flatten_dict(params).items()
+  }
   return {
     name: rng.normal(size=torch_shape(shape, leaf, name)).astype(np.float32)
     for name, (leaf, shape) in flat.items()
@@ -138,7 +138,6 @@ def test_weights_of_another_model_are_refused_with_what_differs(change, message)
   text = str(error.value)
   assert text.startswith("swin.safetensors: ")
   assert "(1 differences)" in text
-  assert "Check model.backbone" in text
 
 
 @pytest.mark.parametrize(
@@ -154,8 +153,8 @@ def test_weights_of_another_model_are_refused_with_what_differs(change, message)
 def test_any_multiple_of_the_patch_size_is_an_image(height, width, grids):
   model = swin.SwinTransformer(**SMALL)
   images = jax.random.normal(jax.random.key(0), (2, height, width, 3))
-  variables = model.init(jax.random.key(1), images, train=False)
-  out = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+  run = jax.jit(lambda x: model.init_with_output(jax.random.key(1), x, train=False)[0])
+  out = run(images)
   assert out.map.shape == (2, *grids[1], 32)
   assert [s.shape for s in out.stages] == [(2, *grids[1], 32)] * 2
   assert np.isfinite(out.map).all()

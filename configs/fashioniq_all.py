@@ -1,0 +1,18 @@
+"""CRN with Swin-L on the three categories of FashionIQ together; evaluated a category at a time.
+
+python main.py --config=configs/fashioniq_all.py --config.data.root=PATH
+
+Not a published setting (the paper trains a model a category).
+"""
+
+import ml_collections
+
+from configs import default
+
+
+def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+  """See `configs/default.py`."""
+  config = default.get_config(preset)
+  config.name = f"fashioniq_all_{preset}"
+  config.data.category = "all"
+  return config

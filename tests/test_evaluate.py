@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+from configs import default
+
+from crn_jax import evaluate
+from crn_jax.encode import Encoded
+from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
+
+
+def unit(*angles):
+  """Points on the circle: the closer the angles, the higher the score."""
+  return np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+
+@pytest.fixture
+def config():
+  c = default.get_config()
+  c.eval.recall_at = (1, 2, 3)
+  return c
+
+
+@pytest.fixture
+def split():
+  """Five images at angles 0 .. 0.4; image 4 is in the whole list only."""
+  return EvalSplit(
+    name="dress",
+    image_ids=tuple("abcde"),
+    image_paths=tuple("abcde"),
+    queries=Triplets(
+      np.array([0, 1], np.int32),
+      np.array([2, 3], np.int32),
+      (("x",), ("y",)),
+      ("modification", "auxiliary"),
+    ),
+    galleries={"val_split": np.array([0, 2, 1, 3]), "original_split": np.arange(5)},
+  )
+
+
+def encoded(*query_angles):
+  return Encoded(unit(0.0, 0.1, 0.2, 0.3, 0.4), unit(*query_angles), unit(*query_angles))
+
+
+def test_both_protocols_are_ranked_in_one_run(config, split):
+  # Query 0 lies on its target; query 1 beyond image 4, which only the whole list holds.
+  results = evaluate.split_results(encoded(0.2, 0.45), split, config)
+  assert results["n_queries"] == 2
+  assert results["protocols"]["val_split"] == {"gallery": 4, "R@1": 100, "R@2": 100, "R@3": 100}
+  assert results["protocols"]["original_split"] == {"gallery": 5, "R@1": 50, "R@2": 100, "R@3": 100}
+
+
+def test_the_reference_is_excluded_if_the_config_says_so(config, split):
+  at_the_reference = encoded(0.0, 0.1)
+  excluded = evaluate.split_results(at_the_reference, split, config)
+  config.eval.exclude_reference = False
+  kept = evaluate.split_results(at_the_reference, split, config)
+  assert excluded["protocols"]["val_split"]["R@2"] == 50  # query 0: image 1, then the target
+  assert kept["protocols"]["val_split"]["R@2"] == 0
+
+
+def test_image_only_queries_are_the_reference_images(config, split):
+  results = evaluate.split_results(encoded(0.2, 0.3), split, config)
+  assert results["by_query"]["composed"]["R@1"] == 100
+  assert results["by_query"]["image_only"]["R@1"] == 0
+  assert set(results["by_query"]) == {"composed", "image_only", "text_only"}
+
+
+def test_recall_by_kind_of_text(config, split):
+  results = evaluate.split_results(encoded(0.2, 0.0), split, config)
+  assert results["by_text_kind"]["modification"] == {
+    "n_queries": 1, "R@1": 100, "R@2": 100, "R@3": 100,
+  }  # fmt: skip
+  assert results["by_text_kind"]["auxiliary"]["R@1"] == 0
+
+
+def test_average_is_over_categories_and_sums_counts():
+  a = {"n_queries": 10, "protocols": {"val_split": {"gallery": 5, "R@1": 10.0}}}
+  b = {"n_queries": 30, "protocols": {"val_split": {"gallery": 7, "R@1": 20.0}}}
+  mean = evaluate.average([a, b])
+  assert mean == {"n_queries": 40, "protocols": {"val_split": {"gallery": 12, "R@1": 15.0}}}
+
+
+def test_unknown_best_metric_lists_what_there_is():
+  results = {"best_metric": "val_split/R@7", "protocols": {"val_split": {"gallery": 3, "R@1": 1.0}}}
+  with pytest.raises(ValueError, match=r"val_split/R@7.*val_split/R@1"):
+    evaluate.best_metric(results)
+
+
+def test_table_spells_out_the_protocol(config, split):
+  results = {
+    "dataset": "fashioniq/dress", "checkpoint_step": 7, "captions": "joined",
+    "exclude_reference": True, "best_metric": "val_split/R@2", "breakdown_protocol": "val_split",
+    **evaluate.split_results(encoded(0.2, 0.3), split, config),
+  }  # fmt: skip
+  table = evaluate.format_table(results)
+  for part in ("step 7", "2 queries", "captions joined", "excluded", "val_split (gallery 4)",
+               "original_split (gallery 5)", "image only", "modification (1 queries)"):  # fmt: skip
+    assert part in table
+
+
+def test_results_file_is_complete_json(tmp_path):
+  evaluate.write_results({"a": 1}, tmp_path / "eval.json")
+  assert json.loads((tmp_path / "eval.json").read_text()) == {"a": 1}
+  assert [p.name for p in tmp_path.iterdir()] == ["eval.json"]
