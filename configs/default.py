@@ -52,12 +52,6 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.
   model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
   model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
-  model.composition = ml_collections.ConfigDict(
-    {
-      "norm": "batch",  # In the Inception units: 'batch' as published, or 'layer'.
-      "residual": False,  # Add the image's own features to the modulated ones; not published.
-    }
-  )
   model.dtype = "float32"  # Of the computation: 'float32' or 'bfloat16'. Parameters are float32.
 
   config.loss = ml_collections.ConfigDict({  # Weights of the terms; 0 leaves the work out, too.

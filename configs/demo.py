@@ -33,9 +33,6 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   model.map_dim = 128
   model.feature_dim = 128
   model.word_dim = 64
-  # Trained from scratch in a few hundred steps, unlike the published sizes.
-  model.composition.norm = "layer"
-  model.composition.residual = True
 
   optimizer = config.optimizer
   optimizer.learning_rate = 1e-3

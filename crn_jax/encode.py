@@ -90,9 +90,7 @@ class Encoder:
         references = jnp.take(all_maps, rows, axis=0)
         query = apply(variables, n, Branch.compose, references, *words, train=False)
         composed[n] = query.vector
-        text_only[n] = apply(
-          variables, n, Branch.compose_zero_image, zero[n], *words, train=False
-        )
+        text_only[n] = apply(variables, n, Branch.compose_zero_image, zero[n], *words, train=False)
       return gathered(composed), gathered(text_only)
 
     return cls(

@@ -66,8 +66,7 @@ def grid_rows(
         reference=split.image_paths[split.queries.reference[query]],
         text=" / ".join(split.queries.texts[query]),
         top=tuple(
-          (split.image_paths[gallery[g]], float(s))
-          for g, s in zip(top[i], scores[i], strict=True)
+          (split.image_paths[gallery[g]], float(s)) for g, s in zip(top[i], scores[i], strict=True)
         ),
         target=split.image_paths[split.queries.target[query]],
         target_position=int(at[0]) if len(at) else None,

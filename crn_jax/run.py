@@ -37,7 +37,9 @@ def check_config(
   try:
     saved = _flatten(json.loads(path.read_text()))
   except json.JSONDecodeError as error:
-    raise ValueError(f"{path}: not valid JSON ({error}); restore it or choose another --workdir")
+    raise ValueError(
+      f"{path}: not valid JSON ({error}); restore it or choose another --workdir"
+    ) from error
   wanted = _flatten(_as_json(config))
   differences = [
     f"{name}: {saved.get(name, 'absent')!r} in the run, {wanted.get(name, 'absent')!r} now"

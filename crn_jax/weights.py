@@ -26,7 +26,7 @@ def initial_variables(model: CRN, config: ml_collections.ConfigDict) -> dict:
     raise FileNotFoundError(
       f"{path}: pretrained backbone weights (model.pretrained) not found. Make the file with\n"
       f"  python convert_torch_weights.py --input=MODEL.safetensors --output={path}\n"
-      f"from timm's published weights, or start from random values with --config.model.pretrained=''"
+      f"from timm's published weights, or start from random values: --config.model.pretrained=''"
     )
   init = jax.jit(model.init, static_argnums=(1, 2))
   variables = init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)

@@ -2,8 +2,8 @@ import json
 
 import numpy as np
 import pytest
-from configs import default
 
+from configs import default
 from crn_jax import evaluate
 from crn_jax.encode import Encoded
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets

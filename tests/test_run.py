@@ -1,6 +1,6 @@
 import pytest
-from configs import default
 
+from configs import default
 from crn_jax import run
 
 

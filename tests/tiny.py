@@ -3,7 +3,6 @@
 import pathlib
 
 from configs import default
-
 from crn_jax.input_pipeline import demo
 
 

@@ -157,9 +157,7 @@ def convert_file(
   side = arguments["patch_size"] * arguments["window_size"] * 2 ** (len(arguments["depths"]) - 1)
   module = swin.SwinTransformer(**arguments)
   image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-  like = jax.eval_shape(
-    lambda x: module.init(jax.random.key(0), x, train=False)["params"], image
-  )
+  like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], image)
   params = load_swin(like, state_dict, str(source))
   weights.save_backbone(params, target)
   count = sum(x.size for x in jax.tree.leaves(params))

@@ -16,7 +16,7 @@ _ADJECTIVES = {
     "striped": ("striped",),
     "dotted": ("dotted", "polka dotted"),
     "checked": ("checked", "checkered"),
-    "zigzag": ("zigzag patterned", "chevron patterned"),
+    "halved": ("two toned", "color blocked"),
   },
   "neckline": {
     "round": ("round", "rounded"),
@@ -39,7 +39,7 @@ _NOUNS = {
     "striped": ("stripes", "a striped pattern"),
     "dotted": ("dots", "polka dots"),
     "checked": ("checks", "a checkered pattern"),
-    "zigzag": ("zigzags", "a zigzag print"),
+    "halved": ("two tones", "a color blocked design"),
   },
   "sleeves": {
     "sleeveless": ("no sleeves", "no arms"),

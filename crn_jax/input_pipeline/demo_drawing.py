@@ -12,7 +12,7 @@ ATTRIBUTES = {
   "color": (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
   ),
-  "pattern": ("solid", "striped", "dotted", "checked", "zigzag"),
+  "pattern": ("solid", "striped", "dotted", "checked", "halved"),
   "sleeves": ("sleeveless", "short", "long"),
   "neckline": ("round", "v", "square"),
   "length": ("short", "medium", "long"),
@@ -66,14 +66,14 @@ _TOP = -0.88  # the height of the shoulders
 
 def _neckline(name: str) -> np.ndarray:
   """Returns the [n, 2] points of the neckline from left to right."""
-  half, depth = 0.27, 0.36
+  # Openings of different depth and width: their outlines alone are too fine at 64 pixels.
   if name == "v":
-    return np.array([[-half, _TOP], [0.0, _TOP + 1.35 * depth], [half, _TOP]])
+    return np.array([[-0.27, _TOP], [0.0, _TOP + 0.68], [0.27, _TOP]])
   if name == "square":
-    low = _TOP + 0.85 * depth
+    half, low = 0.32, _TOP + 0.34
     return np.array([[-half, _TOP], [-half, low], [half, low], [half, _TOP]])
   angle = np.linspace(np.pi, 0.0, 13)
-  return np.stack([half * np.cos(angle), _TOP + depth * np.sin(angle)], axis=1)
+  return np.stack([0.24 * np.cos(angle), _TOP + 0.18 * np.sin(angle)], axis=1)
 
 
 def _hem(name: str, half: float, y: float) -> np.ndarray:
@@ -120,7 +120,7 @@ def _pattern(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     across = np.mod(u + 0.125, 0.50) < 0.25
     down = np.mod(v, 0.50) < 0.25
     return 0.5 * across.astype(np.float32) + 0.5 * down
-  # Vertical halves of two colours.
+  # Halved: one side of the garment.
   return (u > 0).astype(np.float32)
 
 
@@ -138,8 +138,8 @@ def draw_garment(category: str, values: dict[str, str], rng: np.random.Generator
   Args:
     category: one of `CATEGORIES`.
     values: attribute name -> value, for every attribute in `ATTRIBUTES`.
-    rng: source of what is not an attribute: rotation (up to 7 degrees), scale (0.84 to 0.96),
-      shift (up to 5 % of the picture), colour jitter, background shade and a lighting gradient.
+    rng: source of what is not an attribute: rotation (up to 4 degrees), scale (0.90 to 0.98),
+      shift (up to 2.5 % of the picture), colour jitter, background shade and a lighting gradient.
     image_size: side of the picture in pixels.
 
   Returns:
@@ -216,7 +216,7 @@ def draw_garment(category: str, values: dict[str, str], rng: np.random.Generator
       (cx, cy), r = place(np.array([[0.0, button_y]]))[0], 0.032 * scale
       ImageDraw.Draw(picture).ellipse((cx - r, cy - r, cx + r, cy + r), fill=trim)
   stroke(neck, trim, 2 * line)
-  stroke(hem, trim, 2 * line if values["hem"] == "ruffled" else line)
+  stroke(hem, trim, 7 * line if values["hem"] == "ruffled" else line)
 
   pixels = np.asarray(picture.reduce(2), np.float32)
   t = np.linspace(-1.0, 1.0, image_size, dtype=np.float32)

@@ -59,9 +59,7 @@ class ImageHead(nn.Module):
         f"model.aggregation must be 'used', 'discarded' or 'none', not {self.aggregation!r}"
       )
     x = features.map if self.keep_map else jnp.mean(features.map, (1, 2), keepdims=True)
-    lift = linear.torch_dense(
-      x.shape[-1], self.map_dim, self.dtype, use_bias=False, name="lift"
-    )
+    lift = linear.torch_dense(x.shape[-1], self.map_dim, self.dtype, use_bias=False, name="lift")
     pool = GeM(name="pool")
     to_vector = linear.torch_dense(self.map_dim, self.feature_dim, self.dtype, name="fc")
     plain = lift(x)

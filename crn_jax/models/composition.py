@@ -19,14 +19,10 @@ class _Composition(nn.Module):
   Attributes:
     feature_dim: width of the words.
     temperature: divisor of the attention logits (published: local 7, global 4).
-    norm: normalisation in the Inception units, 'batch' (published) or 'layer'.
-    residual: whether the modulated features are added to the image's own (published: not).
   """
 
   feature_dim: int
   temperature: float
-  norm: str = "batch"
-  residual: bool = False
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
@@ -43,10 +39,9 @@ class _Composition(nn.Module):
     """gamma(context) * base + beta(context)."""
 
     def unit(name):
-      return InceptionUnit(base.shape[-1], self.norm, self.axis_name, self.dtype, name=name)
+      return InceptionUnit(base.shape[-1], self.axis_name, self.dtype, name=name)
 
-    modulated = unit("gamma")(context, mask, **mode) * base + unit("beta")(context, mask, **mode)
-    return base + modulated if self.residual else modulated
+    return unit("gamma")(context, mask, **mode) * base + unit("beta")(context, mask, **mode)
 
 
 class LocalComposition(_Composition):

@@ -16,8 +16,8 @@ import ml_collections
 from crn_jax.models import swin
 from crn_jax.models.aggregation import ImageHead, ImageOutput
 from crn_jax.models.composition import GlobalComposition, LocalComposition
-from crn_jax.models.linear import torch_dense
 from crn_jax.models.layers import GeM
+from crn_jax.models.linear import torch_dense
 from crn_jax.models.relation import Relation
 from crn_jax.models.text import TextEncoder, max_over_words
 
@@ -92,8 +92,6 @@ class Branch(nn.Module):
     self.composition = composition(
       c.feature_dim,
       c.attention_temperature[self.kind],
-      c.composition.norm,
-      c.composition.residual,
       self.axis_name,
       dtype,
     )

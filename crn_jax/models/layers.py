@@ -103,17 +103,15 @@ class BatchNorm(nn.Module):
 
 
 class ConvUnit(nn.Module):
-  """Convolution (no bias, stride 1, zero padding), normalisation, ReLU.
+  """Convolution (no bias, stride 1, zero padding), BatchNorm, ReLU.
 
   Attributes:
     features: output channels.
     width: kernel side, 1 or 3.
-    norm: 'batch' as published, or 'layer', which trains better on small sets from scratch.
   """
 
   features: int
   width: int
-  norm: str = "batch"
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
@@ -121,23 +119,16 @@ class ConvUnit(nn.Module):
   def __call__(self, x, mask, *, train: bool, update_stats: bool):
     """[batch, *positions, channels] -> [batch, *positions, features]."""
     if self.width == 1:
-      x = linear.torch_dense(
-        x.shape[-1], self.features, self.dtype, use_bias=False, name="conv"
-      )(x)
+      x = linear.torch_dense(x.shape[-1], self.features, self.dtype, use_bias=False, name="conv")(x)
     else:
       kernel = (self.width,) * (x.ndim - 2)
       fan_in = x.shape[-1] * math.prod(kernel)
       x = nn.Conv(
-        self.features, kernel, padding='SAME', use_bias=False, dtype=self.dtype, name='conv',
+        self.features, kernel, padding="SAME", use_bias=False, dtype=self.dtype, name="conv",
         kernel_init=linear.torch_uniform(fan_in),
       )(masked(x, mask))  # fmt: skip
-    if self.norm == "batch":
-      bn = BatchNorm(self.axis_name, self.dtype, name="bn")
-      x = bn(x, mask, train=train, update_stats=update_stats)
-    elif self.norm == "layer":
-      x = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="ln")(x)
-    else:
-      raise ValueError(f"composition norm must be 'batch' or 'layer', not {self.norm!r}")
+    bn = BatchNorm(self.axis_name, self.dtype, name="bn")
+    x = bn(x, mask, train=train, update_stats=update_stats)
     return nn.relu(x)
 
 
@@ -176,11 +167,9 @@ class InceptionUnit(nn.Module):
 
   Attributes:
     features: output channels, a multiple of 16; the input width must be a multiple of 64.
-    norm: see `ConvUnit`.
   """
 
   features: int
-  norm: str = "batch"
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
@@ -198,7 +187,7 @@ class InceptionUnit(nn.Module):
     hidden, narrow = channels // 4, channels * 7 // 64
 
     def unit(name, features, width):
-      module = ConvUnit(features, width, self.norm, self.axis_name, self.dtype, name=name)
+      module = ConvUnit(features, width, self.axis_name, self.dtype, name=name)
       return lambda value: module(value, mask, train=train, update_stats=update_stats)
 
     return jnp.concatenate(

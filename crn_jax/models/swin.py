@@ -37,7 +37,7 @@ class SwinOutput:
   Attributes:
     map: [batch, h, w, dim] last feature map after the final LayerNorm.
     stages: token grids; entry k < last is the grid after the patch merging that follows stage k
-      ([batch, h/2, w/2, 2 * dim_k]), the last is the last stage's output before the final LayerNorm.
+      ([batch, h/2, w/2, 2 * dim_k]), the last is the last stage's output before the LayerNorm.
   """
 
   map: jax.Array

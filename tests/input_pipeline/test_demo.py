@@ -20,7 +20,7 @@ SMALL = {
 CATEGORIES = ("dress", "shirt", "toptee")
 PATTERN_WORDS = {
   "solid", "plain", "pattern", "print", "striped", "stripes", "dotted", "dots", "checked",
-  "checks", "checkered", "zigzag", "zigzags", "patterned", "chevron",
+  "checks", "checkered", "toned", "tones", "blocked", "design",
 }  # fmt: skip
 LENGTH_WORDS = {
   "short", "cropped", "medium", "mid", "long", "full", "longer", "shorter", "lower", "higher",
