@@ -19,6 +19,7 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   data = config.data
   data.dataset = "demo"
   data.root = "data/demo"
+  data.category = "dress"  # "shirt", "toptee" and "all" are drawn, too.
   data.max_words = 20
   data.image_size = 64
   data.resize = 64

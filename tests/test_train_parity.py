@@ -6,7 +6,7 @@ In float64 the whole trajectory is held to 1e-7.
 
 In float32 a trajectory is a poor yardstick. Adam's first step is the sign of the gradient, so that
 the few gradients that are zero to within rounding move either way, and in the second iteration a
-ReLU of the composition crosses its kink: that alone changes gradients by 2.5 % (the release's own
+ReLU of the composition may cross its kink: that alone changes gradients by 2.5 % (the release's own
 float32 run happens not to cross). So float32 arithmetic is checked on equal ground, one update at a
 time from the states of the float64 trajectory, and the free-running float32 trajectory is only
 held to what such a crossing leaves of it.
@@ -118,7 +118,8 @@ class Trainer:
     """The recipe's weights."""
     loaded = {k: release.variables(k, self.model.branches[k], self.dtype) for k in crn.BRANCHES}
     variables = {c: {k: loaded[k][c] for k in crn.BRANCHES} for c in ("params", "batch_stats")}
-    return train_step.TrainState.create(variables, self.adam)
+    # A copy that JAX owns: arrays that NumPy owns cannot be donated.
+    return train_step.TrainState.create(jax.tree.map(jnp.copy, variables), self.adam)
 
   def __call__(self, state: train_step.TrainState, i: int):
     """Iteration i: new state, gradients by name, metrics."""
@@ -320,7 +321,8 @@ def test_float32_gradients_along_the_float64_trajectory(runs, kind, iteration):
 def test_float32_losses_of_the_third_iteration_stay_near_the_release(runs, kind, term):
   """2e-4 relative (measured: 6e-5 local, 1.3e-4 global), but for the mutual KL and its sum.
 
-  See the module's docstring for what sets the trajectories apart.
+  See the module's docstring for what sets the trajectories apart. Whether a kink is crossed depends
+  on the compiler's choices; where none is, all terms are within 8e-5. Measured is the worse case.
   """
   tolerance = {
     # The KL is a small difference of rankings, second order in the distance of the two branches,
@@ -336,21 +338,23 @@ def test_float32_losses_of_the_third_iteration_stay_near_the_release(runs, kind,
 
 @pytest.mark.parametrize("kind", crn.BRANCHES)
 def test_float32_updates_stay_near_the_release(runs, kind):
-  """After three iterations; see the module's docstring. Against the release's float32 run.
+  """After three iterations, against the release's float32 run; see the module's docstring.
 
-  Norms within 1 % (measured: 0.4 %), samples within 20 % (measured: 9 %). Where only rounding
-  decides, within three times the release's own distance of float32 to float64.
+  Norms within 1 % (measured: 0.4 %) or, where rounding decides, three times the release's own
+  distance to float64; samples of all parameters together within 5 % (measured: 1.8 %).
   """
   own = dict(zip(*facts(kind, "f64.delta_rel_diff"), strict=True))
+  got, expected = [], []
   for name, has, length in zip(*facts(kind, "has_grad", "delta_l2"), strict=True):
     got_length, got_sample, changed = runs.single.updates[kind, name]
     if not has:
       assert not changed, name
       continue
     assert got_length == pytest.approx(length, rel=max(0.01, 3 * own[name])), name
-    sample = GOLDENS[f"{kind}.delta_sample.{name}"]
-    tolerance = max(0.2, 3 * own[name])
-    assert np.linalg.norm(got_sample - sample) < tolerance * np.linalg.norm(sample), name
+    got.append(got_sample)
+    expected.append(GOLDENS[f"{kind}.delta_sample.{name}"])
+  got, expected = np.concatenate(got), np.concatenate(expected)
+  assert np.linalg.norm(got - expected) < 0.05 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("kind", crn.BRANCHES)

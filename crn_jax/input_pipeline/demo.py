@@ -286,10 +286,10 @@ def generate(
   *,
   seed: int = 0,
   image_size: int = 64,
-  n_train_images: int = 1000,
-  n_train_triplets: int = 3000,
-  n_val_images: int = 700,
-  n_val_queries: int = 700,
+  n_train_images: int = 1800,
+  n_train_triplets: int = 9000,
+  n_val_images: int = 720,
+  n_val_queries: int = 2000,
   categories: tuple[str, ...] = demo_drawing.CATEGORIES,
 ) -> dict:
   """Writes the demo data set; returns at once if it is already there.
