@@ -2,8 +2,8 @@
 
 python benchmarks/demo_ablation.py --workdir=runs/ablation
 
-Every run is a run of `crn_jax.train` in a folder of its own; finished runs are only evaluated again,
-so that the script can be stopped and continued.
+Every run is a run of `crn_jax.train` in a folder of its own; finished runs are only evaluated
+again, so that the script can be stopped and continued.
 """
 
 import json

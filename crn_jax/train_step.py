@@ -137,7 +137,7 @@ def make_update(
       updates, opt_state[name] = tx.update(grads, state.opt_state[name], state.params[name])
       params[name] = optax.apply_updates(state.params[name], updates)
       metrics |= {f"{name}/{term}": value for term, value in psum(terms | {"total": total}).items()}
-      metrics[f"{name}/grad_norm"] = optax.global_norm(grads)
+      metrics[f"{name}/grad_norm"] = optax.tree.norm(grads)
       metrics[f"{name}/logit_scale"] = state.params[name]["logit_scale"][0]
     return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
 

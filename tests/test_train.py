@@ -5,14 +5,15 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from crn_jax import checkpoint, train
+from crn_jax import train
 from crn_jax.parallel import DataParallel
 from tests import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,9 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def finished(root, tmp_path_factory):
-  """A finished run: its folder, and every function that it compiled."""
+def finished(quick_compile, root, tmp_path_factory):
+  """A finished run: its folder, every function that it compiled, and what it showed."""
+  del quick_compile
   compiled = []
   original = DataParallel.map
 
@@ -89,11 +91,10 @@ def test_a_continued_run_ends_with_the_same_parameters(finished, root, tmp_path,
     with pytest.raises(KeyboardInterrupt):
       train.train(tiny.config(root), stopped)
   train.train(tiny.config(root), stopped)
-  states = []
-  for folder in (workdir, stopped):
-    with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-      assert checkpoints.last_step() == 4
-      states.append(checkpoints._manager.restore(4)["default"])
+  states = [
+    ocp.StandardCheckpointer().restore(folder / "checkpoints" / "4" / "default")
+    for folder in (workdir, stopped)
+  ]
   jax.tree.map(np.testing.assert_array_equal, *states)
 
 

@@ -14,6 +14,8 @@ from crn_jax.input_pipeline import images
 from crn_jax.models import crn, swin
 from tests import tiny_model as tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 BATCH = 4
 TX = optax.sgd(0.1)
 

@@ -8,6 +8,8 @@ from crn_jax.models import crn
 from crn_jax.models.text import max_over_words
 from tests import tiny_model as tiny
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # Of the largest element; sums over longer rows are taken in another order.
 TOLERANCE = 1e-6
 LENGTHS = np.array([3, 8, 5, 2])
