@@ -42,7 +42,7 @@ def start() -> train_step.TrainState:
 @functools.cache
 def first_update(**changes):
   """State and metrics after the first step."""
-  return compiled_step(**changes)(start(), tiny.batch(config(), BATCH))
+  return jax.device_get(compiled_step(**changes)(start(), tiny.batch(config(), BATCH)))
 
 
 def equal(a, b) -> bool:
@@ -61,12 +61,19 @@ def test_the_update_compiles_once(mode):
     donate_first=True,
   )
   state = dp.replicate(jax.tree.map(np.asarray, start()))
-  for i in range(3):
+  state, _ = step(state, dp.shard(tiny.batch(c, BATCH)))
+  compilations = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+  )
+  for i in range(2):
     state, _ = step(state, dp.shard(tiny.batch(c, BATCH, seed=i)))
   state = dp.replicate(dp.fetch(state))
   state, _ = step(state, dp.shard(tiny.batch(c, BATCH)))
   assert dp.fetch(state).step == 4
-  assert step._cache_size() == 1
+  assert not compilations
+  jax.jit(lambda x: x + BATCH)(np.float32(1))
+  assert compilations  # It would have been heard of.
 
 
 @pytest.mark.parametrize(
