@@ -99,16 +99,24 @@ def test_vectors_equal_the_release(results, kind, golden, ours):
 
 @pytest.mark.parametrize("kind", crn.BRANCHES)
 def test_gradient_norms_equal_the_release(results, kind):
-  """Also of the relation module, which has a gradient here, and of HAT's layer, which has none."""
+  """Also of the relation module, which has a gradient here, and of HAT's layer, which has none.
+
+  float32 is held to the release's float64 within 5e-5 (measured: 2.0e-5): the release's own float32
+  is 4.9e-5 away. The first LayerNorm divides by the little that a zero image's patches differ, and
+  the gradients of a BatchNorm over four values lose digits.
+  """
   dtype, result = results
   _, _, norms = result[kind]
-  expected = GOLDENS[f"{PREFIX[dtype]}{kind}.grad_l2"]
+  tolerance = {"float32": 5e-5, "float64": 1e-7}[dtype]
   for name, has, norm in zip(
-    GOLDENS[f"{kind}.names"], GOLDENS[f"{kind}.has_grad"], expected, strict=True
+    GOLDENS[f"{kind}.names"],
+    GOLDENS[f"{kind}.has_grad"],
+    GOLDENS[f"f64.{kind}.grad_l2"],
+    strict=True,
   ):
     if not has:
       assert norms[name] == 0.0, name
     elif (kind, name) in NO_TRUE_GRADIENT:
       assert norms[name] < 1e-6, name
     else:
-      assert norms[name] == pytest.approx(norm, rel=TOLERANCE[dtype]), name
+      assert norms[name] == pytest.approx(norm, rel=tolerance), name

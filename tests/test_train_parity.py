@@ -116,10 +116,13 @@ class Trainer:
 
   def start(self) -> train_step.TrainState:
     """The recipe's weights."""
-    loaded = {k: release.variables(k, self.model.branches[k], self.dtype) for k in crn.BRANCHES}
-    variables = {c: {k: loaded[k][c] for k in crn.BRANCHES} for c in ("params", "batch_stats")}
-    # A copy that JAX owns: arrays that NumPy owns cannot be donated.
-    return train_step.TrainState.create(jax.tree.map(jnp.copy, variables), self.adam)
+    variables = {"params": {}, "batch_stats": {}}
+    for kind in crn.BRANCHES:
+      for collection, tree in release.variables(kind, self.model.branches[kind]).items():
+        # A copy that JAX owns: arrays that NumPy owns cannot be donated.
+        copy = jax.tree.map(lambda x: jnp.array(x, self.dtype, copy=True), tree)
+        variables[collection][kind] = copy
+    return train_step.TrainState.create(variables, self.adam)
 
   def __call__(self, state: train_step.TrainState, i: int):
     """Iteration i: new state, gradients by name, metrics."""
@@ -183,7 +186,7 @@ def runs() -> Runs:
   for i in range(ITERATIONS):
     with release.double_precision():
       forced = in_float32(state)
-    _, gradients, m = single(forced, i)
+    gradients, m = single(forced, i)[1:]
     forced_metrics.append(m)
     del forced
     with release.double_precision():
