@@ -4,9 +4,11 @@
 list of the category (CLIP4Cir and the challenge); the same model scores higher on the first.
 """
 
+import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import ml_collections
 import numpy as np
@@ -19,10 +21,33 @@ from crn_jax.input_pipeline.vocabulary import Vocabulary
 
 QUERY_KINDS = ("composed", "image_only", "text_only")
 
+# split name -> protocol -> kind of query -> [queries] int, 0-based rank of the target.
+Ranks = dict[str, dict[str, dict[str, np.ndarray]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What an evaluation found.
+
+  Attributes:
+    results: as written to eval.json, see docs/evaluation.md.
+    encoded: split name -> its vectors.
+    ranks: of all targets; kinds of query other than "composed" only in the breakdown protocol.
+  """
+
+  results: dict
+  encoded: dict[str, Encoded]
+  ranks: Ranks
+
 
 def evaluate(
-  encoder: Encoder, variables, dataset: Dataset, vocabulary: Vocabulary, checkpoint_step: int
-) -> tuple[dict, dict[str, Encoded]]:
+  encoder: Encoder,
+  variables,
+  dataset: Dataset,
+  vocabulary: Vocabulary,
+  checkpoint_step: int,
+  selection: str,
+) -> Evaluation:
   """Encodes and ranks every split of a data set.
 
   Args:
@@ -31,61 +56,81 @@ def evaluate(
     dataset: what to evaluate on.
     vocabulary: of the run.
     checkpoint_step: training step of the variables, for the record.
-
-  Returns:
-    Results as written to eval.json (see docs/evaluation.md), and the vectors of each split.
+    selection: how the checkpoint was chosen, 'last' or 'best', for the record.
   """
   config = encoder.config
   encoded = {s.name: encoder.encode(variables, s, vocabulary) for s in dataset.evals}
-  by_split = {s.name: split_results(encoded[s.name], s, config) for s in dataset.evals}
+  ranks = {s.name: split_ranks(encoded[s.name], s, config) for s in dataset.evals}
   results = {
     "dataset": dataset.name,
     "checkpoint_step": int(checkpoint_step),
+    "selection": selection,
     "captions": config.data.captions,
     "exclude_reference": config.eval.exclude_reference,
     "best_metric": config.eval.best_metric,
-    "breakdown_protocol": _breakdown_protocol(config),
-    **average(list(by_split.values())),
+    "breakdown_protocol": breakdown_protocol(config),
+    **summarize(dataset.evals, ranks, config),
   }
-  if len(by_split) > 1:
-    results["categories"] = by_split
+  if len(dataset.evals) > 1:
+    results["categories"] = {s.name: summarize([s], ranks, config) for s in dataset.evals}
   if dataset.ceilings:
     results["ceilings"] = dataset.ceilings
-  return results, encoded
+  return Evaluation(results, encoded, ranks)
 
 
-def split_results(encoded: Encoded, split: EvalSplit, config: ml_collections.ConfigDict) -> dict:
-  """Recalls of one split in percent: by protocol, by kind of query, by kind of text.
+def split_ranks(
+  encoded: Encoded, split: EvalSplit, config: ml_collections.ConfigDict
+) -> dict[str, dict[str, np.ndarray]]:
+  """Ranks of one split's targets: protocol -> kind of query -> [queries] int."""
+  queries = (encoded.composed, encoded.images[split.queries.reference], encoded.text_only)
+  by_kind = dict(zip(QUERY_KINDS, queries, strict=True))
 
-  The last two are given for the protocol of eval.best_metric.
-  """
-  queries = dict(
-    zip(
-      QUERY_KINDS,
-      (encoded.composed, encoded.images[split.queries.reference], encoded.text_only),
-      strict=True,
-    )
-  )
-  protocols = {}
-  for protocol, gallery in split.galleries.items():
-    ranks = query_ranks(queries["composed"], encoded, split, protocol, config)
-    protocols[protocol] = {"gallery": len(gallery), **_recalls(ranks, config)}
-  chosen = _breakdown_protocol(config)
-  ranks = {k: query_ranks(q, encoded, split, chosen, config) for k, q in queries.items()}
-  results = {
-    "n_queries": len(split.queries),
-    "protocols": protocols,
-    "by_query": {kind: _recalls(ranks[kind], config) for kind in QUERY_KINDS},
-  }
-  if split.queries.kinds:
-    kinds = np.asarray(split.queries.kinds)
-    results["by_text_kind"] = {
-      str(kind): {
-        "n_queries": int(np.sum(kinds == kind)),
-        **_recalls(ranks["composed"][kinds == kind], config),
-      }
-      for kind in np.unique(kinds)
+  def kinds(protocol):
+    return QUERY_KINDS if protocol == breakdown_protocol(config) else ("composed",)
+
+  return {
+    protocol: {
+      k: query_ranks(by_kind[k], encoded, split, protocol, config) for k in kinds(protocol)
     }
+    for protocol in split.galleries
+  }
+
+
+def summarize(splits: Sequence[EvalSplit], ranks: Ranks, config: ml_collections.ConfigDict) -> dict:
+  """Recalls in percent: by protocol, by kind of query, by kind of text.
+
+  The last two are given for the protocol of eval.best_metric. Over several splits (categories)
+  recalls are means, as FashionIQ averages, and counts are sums.
+
+  Args:
+    splits: one or more, with the same protocols.
+    ranks: of these splits at least.
+    config: the whole configuration.
+  """
+  chosen = breakdown_protocol(config)
+
+  def recalls(rows):
+    return _recalls(list(rows), config.eval.recall_at)
+
+  results = {
+    "n_queries": sum(len(s.queries) for s in splits),
+    "protocols": {
+      protocol: {
+        "gallery": sum(len(s.galleries[protocol]) for s in splits),
+        **recalls(ranks[s.name][protocol]["composed"] for s in splits),
+      }
+      for protocol in splits[0].galleries
+    },
+    "by_query": {k: recalls(ranks[s.name][chosen][k] for s in splits) for k in QUERY_KINDS},
+  }
+  if all(s.queries.kinds for s in splits):
+    results["by_text_kind"] = {}
+    for kind in sorted({kind for s in splits for kind in s.queries.kinds}):
+      rows = [
+        ranks[s.name][chosen]["composed"][np.asarray(s.queries.kinds) == kind] for s in splits
+      ]
+      rows = [r for r in rows if len(r)]
+      results["by_text_kind"][kind] = {"n_queries": sum(map(len, rows)), **recalls(rows)}
   return results
 
 
@@ -128,21 +173,6 @@ def query_ranks(
   )
 
 
-def average(results: list[dict]) -> dict:
-  """Mean of the recalls over categories, as FashionIQ averages; counts are sums."""
-  first = results[0]
-  out = {}
-  for key, value in first.items():
-    values = [r[key] for r in results if key in r]
-    if isinstance(value, dict):
-      out[key] = average(values)
-    elif key in ("n_queries", "gallery"):
-      out[key] = sum(values)
-    else:
-      out[key] = float(np.mean(values))
-  return out
-
-
 def best_metric(results: dict) -> float:
   """The value that chooses the best checkpoint, e.g. 'val_split/R@10'.
 
@@ -153,37 +183,54 @@ def best_metric(results: dict) -> float:
   try:
     return results["protocols"][protocol][metric]
   except KeyError:
-    known = [f"{p}/{m}" for p, v in results["protocols"].items() for m in v if m != "gallery"]
+    known = [f"{p}/{m}" for p, v in results["protocols"].items() for m in metric_names(v)]
     raise ValueError(
       f"eval.best_metric = {results['best_metric']!r} is not measured; choose one of {known}"
     ) from None
 
 
+def metric_names(recalls: dict) -> list[str]:
+  """Names of the recalls in a part of the results, e.g. ['R@1', 'R@10']."""
+  return [name for name in recalls if name.startswith("R@")]
+
+
+def describe_selection(results: dict) -> str:
+  """How the evaluated checkpoint was chosen, in words."""
+  step = results["checkpoint_step"]
+  if results["selection"] == "best":
+    return f"best checkpoint (step {step}), chosen by {results['best_metric']} on these queries"
+  return f"last checkpoint (step {step})"
+
+
 def format_table(results: dict) -> str:
-  """A table for people: recalls with the protocol spelled out."""
-  metrics = [m for m in next(iter(results["protocols"].values())) if m != "gallery"]
-  width = 34
+  """A table for people: recalls with 95 % intervals and the protocol spelled out."""
+  metrics = metric_names(next(iter(results["protocols"].values())))
+  name_width, width = 34, 21
   lines = [
-    f"{results['dataset']}, checkpoint at step {results['checkpoint_step']}: "
-    f"{results['n_queries']} queries; captions {results['captions']}; reference image "
+    f"{results['dataset']}, {describe_selection(results)}: {results['n_queries']} queries; "
+    f"captions {results['captions']}; reference image "
     f"{'excluded from' if results['exclude_reference'] else 'kept in'} its ranking",
     "",
-    "Recall in percent".ljust(width) + "".join(m.rjust(8) for m in metrics),
+    "Recall in percent (95 % interval)".ljust(name_width)
+    + "".join(m.rjust(width) for m in metrics),
   ]
 
   def row(name, recalls):
-    lines.append(name.ljust(width) + "".join(f"{recalls[m]:8.2f}" for m in metrics))
+    cells = ""
+    for metric in metrics:
+      low, high = recalls["intervals"][metric]
+      cells += f"{recalls[metric]:.2f} ({low:.1f}-{high:.1f})".rjust(width)
+    lines.append(name.ljust(name_width) + cells)
 
   sections = results.get("categories", {})
   for protocol, recalls in results["protocols"].items():
-    total = "gallery " + str(recalls["gallery"])
     if sections:
       row(f"{protocol} (mean of {len(sections)})", recalls)
       for name, section in sections.items():
         own = section["protocols"][protocol]
         row(f"  {name} (gallery {own['gallery']})", own)
     else:
-      row(f"{protocol} ({total})", recalls)
+      row(f"{protocol} (gallery {recalls['gallery']})", recalls)
   lines.append(f"by query, {results['breakdown_protocol']}")
   for kind, recalls in results["by_query"].items():
     row(f"  {kind.replace('_', ' ')}", recalls)
@@ -191,6 +238,10 @@ def format_table(results: dict) -> str:
     lines.append(f"by kind of text, {results['breakdown_protocol']}")
     for kind, recalls in results["by_text_kind"].items():
       row(f"  {kind} ({recalls['n_queries']} queries)", recalls)
+  for other in results.get("beside", []):
+    lines.append(f"beside it: {describe_selection(other)}")
+    for protocol, recalls in other["protocols"].items():
+      row(f"  {protocol}", recalls)
   if "ceilings" in results:
     ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
     lines.append(f"best possible R@10 of half a query on this synthetic set: {ceilings}")
@@ -205,9 +256,13 @@ def write_results(results: dict, path: str | os.PathLike) -> None:
   os.replace(partial, path)
 
 
-def _recalls(ranks: np.ndarray, config: ml_collections.ConfigDict) -> dict[str, float]:
-  return {f"R@{k}": v for k, v in ranking.recall_at_k(ranks, config.eval.recall_at).items()}
-
-
-def _breakdown_protocol(config: ml_collections.ConfigDict) -> str:
+def breakdown_protocol(config: ml_collections.ConfigDict) -> str:
+  """The protocol for which recalls are broken down: that of eval.best_metric."""
   return config.eval.best_metric.partition("/")[0]
+
+
+def _recalls(ranks: list[np.ndarray], ks: Sequence[int]) -> dict:
+  """Means over splits: {"R@1": percent, ..., "intervals": {"R@1": [low, high], ...}}."""
+  each = [ranking.recall_at_k(r, ks) for r in ranks]
+  recalls = {f"R@{k}": float(np.mean([e[k] for e in each])) for k in ks}
+  return {**recalls, "intervals": {f"R@{k}": list(ranking.recall_interval(ranks, k)) for k in ks}}

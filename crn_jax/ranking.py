@@ -150,6 +150,35 @@ def recall_at_k(ranks: Array, ks: Iterable[int]) -> dict[int, float]:
   return {k: 100.0 * float(np.mean(ranks < k)) for k in ks}
 
 
+def recall_interval(
+  ranks: Sequence[Array], k: int, *, level: float = 95.0, draws: int = 10_000
+) -> tuple[float, float]:
+  """Bootstrap interval over queries of a recall, or of the mean of several recalls.
+
+  The number of hits in a resample of n queries, drawn with replacement, is binomial: it is drawn
+  as such, which is the same bootstrap without the resampling. Reproducible (fixed seed).
+
+  Args:
+    ranks: for each recall of the mean, [q] int 0-based ranks of the targets; resampled separately.
+    k: cut-off.
+    level: share of the bootstrap distribution inside the interval, in percent.
+    draws: resamples.
+
+  Returns:
+    (low, high) in percent.
+
+  Raises:
+    ValueError: there are no queries.
+  """
+  rng = np.random.default_rng(0)
+  means = np.zeros(draws)
+  for r in ranks:
+    (share,) = recall_at_k(r, [k]).values()
+    means += rng.binomial(len(r), share / 100.0, draws) / len(r) / len(ranks)
+  low, high = 100.0 * np.quantile(means, [0.5 - level / 200.0, 0.5 + level / 200.0])
+  return float(low), float(high)
+
+
 @jax.jit
 def _rank_block(queries, gallery, target, exclude):
   scores, column = _scores(queries, gallery, exclude)  # (block, g), (1, g)

@@ -8,6 +8,7 @@ import numpy as np
 
 from crn_jax import evaluate, pictures, ranking
 from crn_jax.encode import Encoded
+from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
 
@@ -19,8 +20,7 @@ def write(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
   dataset: Dataset,
-  results: dict,
-  encoded: dict[str, Encoded],
+  evaluation: Evaluation,
 ) -> list[pathlib.Path]:
   """Writes eval.json and a retrieval grid a split.
 
@@ -28,6 +28,7 @@ def write(
     The paths written.
   """
   workdir = pathlib.Path(workdir)
+  results = evaluation.results
   written = [workdir / "eval.json"]
   evaluate.write_results(results, written[0])
   protocol = results["breakdown_protocol"]
@@ -36,9 +37,9 @@ def write(
     title = (
       f"{config.data.dataset}/{split.name}: {protocol}, gallery {len(split.galleries[protocol])}, "
       f"reference {'excluded' if config.eval.exclude_reference else 'kept'}, "
-      f"checkpoint at step {results['checkpoint_step']}"
+      f"{evaluate.describe_selection(results)}"
     )
-    rows = grid_rows(encoded[split.name], split, protocol, config)
+    rows = grid_rows(evaluation.encoded[split.name], split, protocol, config)
     pictures.retrieval_grid(rows, path, title=title)
     written.append(path)
   return written

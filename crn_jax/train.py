@@ -13,7 +13,7 @@ from clu import metric_writers
 from crn_jax import checkpoint, evaluate, optimizer, report, run, weights
 from crn_jax.encode import Encoder
 from crn_jax.input_pipeline import loader
-from crn_jax.input_pipeline.datasets import Dataset, open_dataset
+from crn_jax.input_pipeline.datasets import open_dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 from crn_jax.models import crn
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
@@ -63,7 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
     make_train_step(model, tx, config, AXIS), (REPLICATED, REPLICATED), donate_first=True
   )
   schedule = optimizer.learning_rate(config.optimizer, steps_per_epoch, total_steps)
-  results = None
+  evaluation = None
   with (
     checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
     contextlib.closing(metric_writers.SummaryWriter(str(workdir))) as writer,
@@ -85,14 +85,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
           writer.write_scalars(step, {f"train/{k}": v for k, v in values.items()})
           progress.set_postfix({k: f"{values[f'{k}/total']:.3f}" for k in crn.BRANCHES})
         if step % (steps_per_epoch * config.eval.every_epochs) == 0 or step == total_steps:
-          results, encoded = _evaluate(encoder, state, dataset, vocabulary, step)
-          metric = evaluate.best_metric(results)
+          evaluation = _evaluate(encoder, state, dataset, vocabulary, step)
+          metric = evaluate.best_metric(evaluation.results)
           checkpoints.save(parallel.fetch(state), metric)
-          writer.write_scalars(step, recall_scalars(results))
+          writer.write_scalars(step, recall_scalars(evaluation.results))
           progress.write(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-  if results is None:  # The run was complete already.
-    results, encoded = _evaluate(encoder, state, dataset, vocabulary, start)
-  return _conclude(config, workdir, dataset, results, encoded)
+  if evaluation is None:  # The run was complete already.
+    evaluation = _evaluate(encoder, state, dataset, vocabulary, start)
+  return _conclude(config, workdir, dataset, evaluation)
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -136,8 +136,8 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"evaluation of the training"
       )
     state = checkpoints.restore(step, jax.eval_shape(like))
-  results, encoded = _evaluate(encoder, parallel.replicate(state), dataset, vocabulary, step)
-  return _conclude(config, workdir, dataset, results, encoded)
+  evaluation = _evaluate(encoder, parallel.replicate(state), dataset, vocabulary, step, which)
+  return _conclude(config, workdir, dataset, evaluation)
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
@@ -156,7 +156,7 @@ def recall_scalars(results: dict) -> dict[str, float]:
     f"eval/{protocol}/{metric}": value
     for protocol, recalls in results["protocols"].items()
     for metric, value in recalls.items()
-    if metric != "gallery"
+    if metric.startswith("R@")
   }
 
 
@@ -180,11 +180,12 @@ def _train_batches(config, dataset, vocabulary, parallel, start: int, total_step
   return loader.prefetch_to_device(batches, parallel.shard)
 
 
-def _evaluate(encoder: Encoder, state, dataset: Dataset, vocabulary: Vocabulary, step: int):
+def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last"):
   variables = {"params": state.params, "batch_stats": state.batch_stats}
-  return evaluate.evaluate(encoder, variables, dataset, vocabulary, step)
+  return evaluate.evaluate(encoder, variables, dataset, vocabulary, step, which)
 
 
-def _conclude(config, workdir, dataset, results, encoded) -> str:
-  written = report.write(config, workdir, dataset, results, encoded)
-  return "\n".join([evaluate.format_table(results), "", "written:", *(f"  {p}" for p in written)])
+def _conclude(config, workdir, dataset, evaluation: evaluate.Evaluation) -> str:
+  written = report.write(config, workdir, dataset, evaluation)
+  table = evaluate.format_table(evaluation.results)
+  return "\n".join([table, "", "written:", *(f"  {p}" for p in written)])

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -42,43 +43,68 @@ def encoded(*query_angles):
   return Encoded(unit(0.0, 0.1, 0.2, 0.3, 0.4), unit(*query_angles), unit(*query_angles))
 
 
+def summarize(vectors, split, config):
+  ranks = {split.name: evaluate.split_ranks(vectors, split, config)}
+  return evaluate.summarize([split], ranks, config)
+
+
+def recalls(part):
+  return {name: part[name] for name in evaluate.metric_names(part)}
+
+
 def test_both_protocols_are_ranked_in_one_run(config, split):
   # Query 0 lies on its target; query 1 beyond image 4, which only the whole list holds.
-  results = evaluate.split_results(encoded(0.2, 0.45), split, config)
+  results = summarize(encoded(0.2, 0.45), split, config)
   assert results["n_queries"] == 2
-  assert results["protocols"]["val_split"] == {"gallery": 4, "R@1": 100, "R@2": 100, "R@3": 100}
-  assert results["protocols"]["original_split"] == {"gallery": 5, "R@1": 50, "R@2": 100, "R@3": 100}
+  found = {name: (p["gallery"], recalls(p)) for name, p in results["protocols"].items()}
+  assert found["val_split"] == (4, {"R@1": 100, "R@2": 100, "R@3": 100})
+  assert found["original_split"] == (5, {"R@1": 50, "R@2": 100, "R@3": 100})
 
 
 def test_the_reference_is_excluded_if_the_config_says_so(config, split):
   at_the_reference = encoded(0.0, 0.1)
-  excluded = evaluate.split_results(at_the_reference, split, config)
+  excluded = summarize(at_the_reference, split, config)
   config.eval.exclude_reference = False
-  kept = evaluate.split_results(at_the_reference, split, config)
+  kept = summarize(at_the_reference, split, config)
   assert excluded["protocols"]["val_split"]["R@2"] == 50  # query 0: image 1, then the target
   assert kept["protocols"]["val_split"]["R@2"] == 0
 
 
 def test_image_only_queries_are_the_reference_images(config, split):
-  results = evaluate.split_results(encoded(0.2, 0.3), split, config)
+  results = summarize(encoded(0.2, 0.3), split, config)
   assert results["by_query"]["composed"]["R@1"] == 100
   assert results["by_query"]["image_only"]["R@1"] == 0
   assert set(results["by_query"]) == {"composed", "image_only", "text_only"}
 
 
 def test_recall_by_kind_of_text(config, split):
-  results = evaluate.split_results(encoded(0.2, 0.0), split, config)
-  assert results["by_text_kind"]["modification"] == {
-    "n_queries": 1, "R@1": 100, "R@2": 100, "R@3": 100,
-  }  # fmt: skip
+  results = summarize(encoded(0.2, 0.0), split, config)
+  modification = results["by_text_kind"]["modification"]
+  assert modification["n_queries"] == 1
+  assert recalls(modification) == {"R@1": 100, "R@2": 100, "R@3": 100}
   assert results["by_text_kind"]["auxiliary"]["R@1"] == 0
 
 
-def test_average_is_over_categories_and_sums_counts():
-  a = {"n_queries": 10, "protocols": {"val_split": {"gallery": 5, "R@1": 10.0}}}
-  b = {"n_queries": 30, "protocols": {"val_split": {"gallery": 7, "R@1": 20.0}}}
-  mean = evaluate.average([a, b])
-  assert mean == {"n_queries": 40, "protocols": {"val_split": {"gallery": 12, "R@1": 15.0}}}
+def test_several_splits_are_averaged_and_their_counts_summed(config, split):
+  other = dataclasses.replace(split, name="shirt")
+  ranks = {
+    "dress": evaluate.split_ranks(encoded(0.2, 0.3), split, config),
+    "shirt": evaluate.split_ranks(encoded(0.2, 0.0), other, config),
+  }
+  results = evaluate.summarize([split, other], ranks, config)
+  assert results["n_queries"] == 4
+  assert results["protocols"]["val_split"]["gallery"] == 8
+  assert results["protocols"]["val_split"]["R@1"] == 75  # the mean of 100 and 50
+  assert results["by_text_kind"]["auxiliary"]["n_queries"] == 2
+
+
+def test_every_recall_has_an_interval_around_it(config, split):
+  results = summarize(encoded(0.2, 0.0), split, config)
+  parts = [*results["protocols"].values(), *results["by_query"].values()]
+  for part in parts:
+    for name, value in recalls(part).items():
+      low, high = part["intervals"][name]
+      assert low <= value <= high
 
 
 def test_unknown_best_metric_lists_what_there_is():
@@ -89,13 +115,16 @@ def test_unknown_best_metric_lists_what_there_is():
 
 def test_table_spells_out_the_protocol(config, split):
   results = {
-    "dataset": "fashioniq/dress", "checkpoint_step": 7, "captions": "joined",
+    "dataset": "fashioniq/dress", "checkpoint_step": 7, "selection": "best", "captions": "joined",
     "exclude_reference": True, "best_metric": "val_split/R@2", "breakdown_protocol": "val_split",
-    **evaluate.split_results(encoded(0.2, 0.3), split, config),
+    **summarize(encoded(0.2, 0.3), split, config),
   }  # fmt: skip
-  table = evaluate.format_table(results)
+  beside = {**results, "checkpoint_step": 9, "selection": "last"}
+  table = evaluate.format_table({**results, "beside": [beside]})
   for part in ("step 7", "2 queries", "captions joined", "excluded", "val_split (gallery 4)",
-               "original_split (gallery 5)", "image only", "modification (1 queries)"):  # fmt: skip
+               "original_split (gallery 5)", "image only", "modification (1 queries)",
+               "chosen by val_split/R@2 on these queries",
+               "beside it: last checkpoint (step 9)"):  # fmt: skip
     assert part in table
 
 

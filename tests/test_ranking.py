@@ -252,3 +252,27 @@ class TestRecallAtK:
   def test_of_nothing_is_an_error(self):
     with pytest.raises(ValueError, match="no queries"):
       ranking.recall_at_k(np.array([]), (1,))
+
+
+class TestRecallInterval:
+  def test_is_the_bootstrap_over_queries(self):
+    ranks = np.r_[np.zeros(150, int), np.full(50, 99)]
+    rng = np.random.default_rng(1)
+    resampled = [100 * np.mean(rng.choice(ranks, len(ranks)) < 10) for _ in range(4000)]
+    expected = np.quantile(resampled, [0.025, 0.975])
+    np.testing.assert_allclose(ranking.recall_interval([ranks], 10), expected, atol=0.6)
+
+  def test_narrows_with_more_queries(self):
+    ranks = np.arange(20)
+    few = np.diff(ranking.recall_interval([ranks], 10))
+    many = np.diff(ranking.recall_interval([np.tile(ranks, 100)], 10))
+    np.testing.assert_allclose(few / many, 10, rtol=0.2)
+
+  def test_of_a_mean_is_narrower_than_of_its_parts(self):
+    ranks = np.arange(200)
+    one = np.diff(ranking.recall_interval([ranks], 100))
+    three = np.diff(ranking.recall_interval([ranks] * 3, 100))
+    np.testing.assert_allclose(one / three, np.sqrt(3), rtol=0.1)
+
+  def test_is_a_point_where_every_resample_is_the_same(self):
+    assert ranking.recall_interval([np.zeros(5, int)], 1) == (100, 100)
