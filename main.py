@@ -1,6 +1,8 @@
 """Trains or evaluates CRN: python main.py --config=configs/demo.py."""
 
 import os
+import shlex
+import sys
 
 # Before TensorFlow is first imported: its start-up notices are of no use to anybody here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -9,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crn_jax import train
+from crn_jax.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
@@ -31,6 +34,10 @@ def main(argv):
       print(train.train(config, workdir))
     else:
       print(train.evaluate_run(config, workdir, _CHECKPOINT.value))
+  except Interrupted as stop:
+    command = shlex.join(["python", *sys.argv])
+    print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
+    raise SystemExit(128 + stop.signal) from None
   except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
     # What the user can mend is said in the message; a traceback would bury it.
     raise SystemExit(f"error: {error}") from error

@@ -66,16 +66,20 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 3e-5
   optimizer.weight_decay = 1e-6  # Coupled: added to the gradient, as PyTorch's Adam does.
-  optimizer.schedule = "step"  # 'step' (published) or 'cosine'.
+  optimizer.schedule = "step"  # 'step' (published) or 'cosine' (to zero at the last step).
   # 'step' multiplies the rate by the factor at epochs 20, 40, ... below max_decay_epoch. The
   # published FashionIQ command sets 20, so that its rate never decays; the release's default, 40,
   # would decay once.
   optimizer.decay_every_epochs = 20
   optimizer.decay_factor = 0.1
   optimizer.max_decay_epoch = 20
-  optimizer.warmup_steps = 0
+  optimizer.warmup_steps = 0  # Steps over which the rate rises linearly from zero.
   optimizer.clip_norm = 0.0  # Clip each branch's gradient to this global norm; 0 does not.
   optimizer.logit_scale_rate = 1.0  # Factor on the learning rate of the trained temperature.
+  optimizer.backbone_rate = 1.0  # Factor on the learning rate of the (pretrained) backbone.
+  # Evaluate an exponential moving average of the parameters with this decay; 0 does not (as
+  # published). Early on the decay is smaller, (1 + step) / (10 + step), to forget the start.
+  optimizer.ema_decay = 0.0
 
   config.parallel = ml_collections.ConfigDict({"mode": "shard_map"})  # Or 'pmap'.
 
@@ -88,6 +92,8 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   evaluation.best_metric = "val_split/R@10"
 
   config.log_every_steps = 50
+  # Besides at every evaluation: what a lost machine costs at most.
+  config.checkpoint_every_steps = 500
   if preset == "crn_released":
     # What the PyTorch release computes, to the last digit.
     model.keep_map = False

@@ -55,7 +55,8 @@ def create(
     clip,
     optax.add_decayed_weights(c.weight_decay),
     optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-    optax.masked(optax.scale(c.logit_scale_rate), _named("logit_scale")),
+    optax.masked(optax.scale(c.logit_scale_rate), _inside("logit_scale")),
+    optax.masked(optax.scale(c.backbone_rate), _inside("backbone")),
     optax.scale_by_learning_rate(learning_rate(c, steps_per_epoch, total_steps)),
   )
   unused = unused_parameters(config)
@@ -79,8 +80,21 @@ def unused_parameters(config: ml_collections.ConfigDict) -> frozenset[str]:
   return frozenset(unused)
 
 
-def _named(name: str):
-  """Mask function for optax: True at the leaves called `name`."""
+def average_parameters(average, params, step: jax.Array, decay: float):
+  """Exponential moving average after one more update.
+
+  Args:
+    average: tree, the average so far.
+    params: tree, parameters after the update.
+    step: [] updates done before this one.
+    decay: of old values; capped by (1 + step) / (10 + step), so that the start is soon forgotten.
+  """
+  decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(params, average, 1.0 - decay)
+
+
+def _inside(name: str):
+  """Mask function for optax: True at the leaf, or below the module, called `name`."""
   return lambda params: jax.tree_util.tree_map_with_path(
-    lambda path, _: getattr(path[-1], "key", None) == name, params
+    lambda path, _: any(key.key == name for key in path), params
   )

@@ -6,8 +6,21 @@ import pathlib
 
 import ml_collections
 
-# Fields that do not change a run's numbers, and so may differ when it is continued or evaluated.
-FREE_FIELDS = ("log_every_steps", "parallel.mode", "data.root", "data.cache_images")
+# Fields that do not change what a step computes, and so may differ when a run is continued.
+FREE_FIELDS = (
+  "log_every_steps",
+  "checkpoint_every_steps",
+  "num_epochs",
+  "parallel.mode",
+  "data.root",
+  "data.cache_images",
+)
+
+
+def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """`FREE_FIELDS`, less the number of epochs where the learning rate depends on it."""
+  fixed = {"num_epochs"} if config.optimizer.schedule == "cosine" else set()
+  return tuple(field for field in FREE_FIELDS if field not in fixed)
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
@@ -19,7 +32,7 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -
 
 
 def check_config(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike, free: tuple[str, ...] = FREE_FIELDS
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, free: tuple[str, ...]
 ) -> None:
   """Compares a configuration with the one of an existing run; does nothing in a new folder.
 
@@ -51,7 +64,8 @@ def check_config(
     raise ValueError(
       f"{workdir} holds a run with another configuration:\n  "
       + "\n  ".join(differences)
-      + "\nChoose another --workdir, or change these fields back to continue that run."
+      + "\nChoose another --workdir, or change these fields back to continue that run. "
+      + f"Only these may change: {', '.join(free)}."
     )
 
 

@@ -1,22 +1,21 @@
 """The training loop: data, update, logs, checkpoints, evaluation."""
 
-import contextlib
-import math
+import dataclasses
 import os
 import pathlib
 
 import jax
 import ml_collections
-import tqdm
-from clu import metric_writers
 
-from crn_jax import checkpoint, evaluate, optimizer, report, run, weights
+from crn_jax import checkpoint, evaluate, logs, optimizer, report, run, weights
 from crn_jax.encode import Encoder
 from crn_jax.input_pipeline import loader
-from crn_jax.input_pipeline.datasets import open_dataset
+from crn_jax.input_pipeline.datasets import Dataset, open_dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.interrupt import Interrupted, Interruption
 from crn_jax.models import crn
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
+from crn_jax.progress import Progress
 from crn_jax.train_step import TrainState, make_train_step
 
 
@@ -25,7 +24,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
 
   Args:
     config: see `configs/default.py`.
-    workdir: gets config.json, vocab.json, checkpoints/, TensorBoard events, eval.json, pictures/.
+    workdir: gets what `docs/runs.md` lists.
 
   Returns:
     The results of the final parameters and the paths written, for people to read.
@@ -33,26 +32,25 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   Raises:
     ValueError, FileNotFoundError: on a bad configuration or bad data, before the first step.
     FloatingPointError: if a loss is not finite.
+    Interrupted: after SIGINT or SIGTERM, with the state saved.
   """
   workdir = pathlib.Path(workdir)
   parallel = DataParallel.create(config.parallel.mode)
   parallel.check_batch_size(config.batch_size, "batch_size")
-  run.check_config(config, workdir)
+  run.check_config(config, workdir, run.free_fields(config))
   dataset = open_dataset(config.data, train=True)
-  vocabulary = Vocabulary.build(
-    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
-  )
-  steps_per_epoch = loader.steps_per_epoch(len(dataset.train.triplets), config.batch_size)
-  total_steps = steps_per_epoch * config.num_epochs
+  vocabulary = _vocabulary(config, workdir, dataset)
+  plan = Plan.create(config, len(dataset.train.triplets))
   model = crn.build(config.model, len(vocabulary), AXIS)
-  tx = optimizer.create(config, steps_per_epoch, total_steps)
+  tx = optimizer.create(config, plan.steps_per_epoch, plan.total_steps)
   encoder = Encoder.create(model, config, parallel)
-  state = TrainState.create(weights.initial_variables(model, config), tx)
+  averaged = config.optimizer.ema_decay > 0
+  state = TrainState.create(weights.initial_variables(model, config), tx, averaged=averaged)
   print(
     f"{dataset.name}: {len(dataset.train.triplets)} triplets of {len(dataset.train.image_paths)} "
     f"images, {len(vocabulary)} words\n"
     f"{config.preset}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
-    f"{config.num_epochs} epochs of {steps_per_epoch} steps; "
+    f"{config.num_epochs} epochs of {plan.steps_per_epoch} steps; "
     f"{parallel.mode} on {len(parallel.devices)} x {parallel.devices[0].device_kind}\n"
     f"work directory {workdir}"
   )
@@ -62,37 +60,96 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   train_step = parallel.map(
     make_train_step(model, tx, config, AXIS), (REPLICATED, REPLICATED), donate_first=True
   )
-  schedule = optimizer.learning_rate(config.optimizer, steps_per_epoch, total_steps)
-  evaluation = None
-  with (
-    checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints,
-    contextlib.closing(metric_writers.SummaryWriter(str(workdir))) as writer,
-  ):
-    if (last := checkpoints.last_step()) is not None:
-      print(f"continuing from the checkpoint at step {last}")
-      state = checkpoints.restore(last, state)
+
+  def evaluate_state(state, step):
+    return _evaluate(encoder, state, dataset, vocabulary, step, "last")
+
+  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    if (restored := checkpoints.restore_last(state)) is not None:
+      state = restored
+      print(f"continuing from the checkpoint at step {int(state.step)}")
     start = int(state.step)
     state = parallel.replicate(state)
-    batches = _train_batches(config, dataset, vocabulary, parallel, start, total_steps)
-    with tqdm.tqdm(initial=start, total=total_steps, desc="train", unit="step") as progress:
-      for step in range(start + 1, total_steps + 1):
-        state, metrics = train_step(state, next(batches))
-        progress.update()
-        if step % config.log_every_steps == 0 or step == total_steps:
-          values = {k: float(v) for k, v in parallel.fetch(metrics).items()}
-          check_finite(values, step)
-          values["learning_rate"] = float(schedule(step - 1))
-          writer.write_scalars(step, {f"train/{k}": v for k, v in values.items()})
-          progress.set_postfix({k: f"{values[f'{k}/total']:.3f}" for k in crn.BRANCHES})
-        if step % (steps_per_epoch * config.eval.every_epochs) == 0 or step == total_steps:
-          evaluation = _evaluate(encoder, state, dataset, vocabulary, step)
-          metric = evaluate.best_metric(evaluation.results)
-          checkpoints.save(parallel.fetch(state), metric)
-          writer.write_scalars(step, recall_scalars(evaluation.results))
-          progress.write(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-  if evaluation is None:  # The run was complete already.
-    evaluation = _evaluate(encoder, state, dataset, vocabulary, start)
+    if start == plan.total_steps:  # The run was complete already.
+      evaluation = evaluate_state(state, start)
+    else:
+      batches = _train_batches(config, dataset, vocabulary, parallel, start, plan.total_steps)
+      evaluation = _run_steps(
+        config, plan, workdir, state, start, batches, train_step, evaluate_state, checkpoints,
+        parallel,
+      )  # fmt: skip
+    checkpoints.wait()
+    best = checkpoints.best_step()
+    if best not in (None, plan.total_steps):
+      evaluation.results["beside"] = [checkpoints.results(best) | {"selection": "best"}]
   return _conclude(config, workdir, dataset, evaluation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What is due at which step; steps count from 1, as updates done."""
+
+  steps_per_epoch: int
+  total_steps: int
+  evaluate_every: int
+  save_every: int
+  log_every: int
+
+  @classmethod
+  def create(cls, config: ml_collections.ConfigDict, n_triplets: int) -> "Plan":
+    """From the whole configuration and the number of training triplets."""
+    per_epoch = loader.steps_per_epoch(n_triplets, config.batch_size)
+    return cls(
+      per_epoch,
+      per_epoch * config.num_epochs,
+      per_epoch * config.eval.every_epochs,
+      config.checkpoint_every_steps,
+      config.log_every_steps,
+    )
+
+  def evaluates(self, step: int) -> bool:
+    return step == self.total_steps or step % self.evaluate_every == 0
+
+  def saves(self, step: int) -> bool:
+    return self.evaluates(step) or step % self.save_every == 0
+
+  def logs(self, step: int) -> bool:
+    return self.saves(step) or step % self.log_every == 0
+
+
+def _run_steps(
+  config, plan: Plan, workdir, state, start: int, batches, train_step, evaluate_state, checkpoints,
+  parallel,
+) -> evaluate.Evaluation:  # fmt: skip
+  """Steps start + 1 to the last; returns the last evaluation. See `train` for what it raises."""
+  schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
+  with (
+    logs.Log(workdir, start) as log,
+    Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
+    Interruption() as interruption,
+  ):
+    for step in range(start + 1, plan.total_steps + 1):
+      state, metrics = train_step(state, next(batches))
+      progress.stepped(metrics)
+      signal = interruption.signal  # Once: it may come at any moment.
+      epoch = step / plan.steps_per_epoch
+      if plan.logs(step) or signal:
+        values = progress.read(parallel)
+        values["learning_rate"] = float(schedule(step - 1))
+        log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
+        checkpoints.poll()
+      evaluation, metric, results = None, None, None
+      if plan.evaluates(step):
+        evaluation = evaluate_state(state, step)
+        results, metric = evaluation.results, evaluate.best_metric(evaluation.results)
+        log.scalars(step, epoch, recall_scalars(results))
+        progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
+      if plan.saves(step) or signal:
+        checkpoints.save(parallel.fetch(state), metric, results)
+      if signal and step < plan.total_steps:
+        checkpoints.wait()
+        raise Interrupted(step, signal)
+  return evaluation
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -117,7 +174,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"{workdir / name}: not found, so {workdir} holds no trained run. Name the folder of a run "
         f"with --workdir, or train one with --mode=train"
       )
-  run.check_config(config, workdir, free=(*run.FREE_FIELDS, "eval"))
+  run.check_config(config, workdir, free=(*run.FREE_FIELDS, "eval", "data.on_missing"))
   parallel = DataParallel.create(config.parallel.mode)
   vocabulary = Vocabulary.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
@@ -126,28 +183,25 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
 
   def like():
     variables = model.init(jax.random.key(0), config.data.image_size, config.data.max_words)
-    return TrainState.create(variables, optimizer.create(config, 1, 1))
+    averaged = config.optimizer.ema_decay > 0
+    return TrainState.create(variables, optimizer.create(config, 1, 1), averaged=averaged)
 
+  evaluations = {}
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-    step = checkpoints.best_step() if which == "best" else checkpoints.last_step()
-    if step is None:
+    steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
+    if steps[which] is None:
       raise FileNotFoundError(
-        f"{workdir / 'checkpoints'}: holds no checkpoint; the first is written after the first "
-        f"evaluation of the training"
+        f"{workdir / 'checkpoints'}: holds no {which} checkpoint; the best is chosen among those "
+        f"that were evaluated in training"
       )
-    state = checkpoints.restore(step, jax.eval_shape(like))
-  evaluation = _evaluate(encoder, parallel.replicate(state), dataset, vocabulary, step, which)
+    for name, step in steps.items():
+      # The other one, too, unless it is the same: neither should be reported alone.
+      if name == which or step not in (None, steps[which]):
+        state = parallel.replicate(checkpoints.restore(step, jax.eval_shape(like)))
+        evaluations[name] = _evaluate(encoder, state, dataset, vocabulary, step, name)
+  evaluation = evaluations.pop(which)
+  evaluation.results["beside"] = [other.results for other in evaluations.values()]
   return _conclude(config, workdir, dataset, evaluation)
-
-
-def check_finite(metrics: dict[str, float], step: int) -> None:
-  """Raises FloatingPointError naming the terms that are not finite."""
-  bad = [name for name, value in metrics.items() if not math.isfinite(value)]
-  if bad:
-    raise FloatingPointError(
-      f"step {step}: {', '.join(bad)} not finite; the last checkpoint is kept. A lower "
-      f"optimizer.learning_rate or optimizer.clip_norm = 1.0 often helps"
-    )
 
 
 def recall_scalars(results: dict) -> dict[str, float]:
@@ -180,9 +234,17 @@ def _train_batches(config, dataset, vocabulary, parallel, start: int, total_step
   return loader.prefetch_to_device(batches, parallel.shard)
 
 
+def _vocabulary(config, workdir: pathlib.Path, dataset: Dataset) -> Vocabulary:
+  """The run's vocabulary: saved by its start, or built from the training captions."""
+  if (workdir / "vocab.json").exists():
+    return Vocabulary.load(workdir / "vocab.json")
+  return Vocabulary.build(
+    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+  )
+
+
 def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last"):
-  variables = {"params": state.params, "batch_stats": state.batch_stats}
-  return evaluate.evaluate(encoder, variables, dataset, vocabulary, step, which)
+  return evaluate.evaluate(encoder, state.eval_variables(), dataset, vocabulary, step, which)
 
 
 def _conclude(config, workdir, dataset, evaluation: evaluate.Evaluation) -> str:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
-from crn_jax import losses
+from crn_jax import losses, optimizer
 from crn_jax.input_pipeline import images
 from crn_jax.models.crn import BRANCHES, CRN
 
@@ -29,19 +29,35 @@ class TrainState:
     params: branch -> parameters.
     batch_stats: branch -> running BatchNorm statistics.
     opt_state: branch -> optimizer state.
+    average: branch -> moving average of the parameters; empty unless optimizer.ema_decay is set.
   """
 
   step: jax.Array
   params: dict
   batch_stats: dict
   opt_state: dict
+  average: dict
 
   @classmethod
-  def create(cls, variables: dict, tx: optax.GradientTransformation) -> "TrainState":
-    """State before the first update; `variables` as from `CRN.init`."""
+  def create(
+    cls, variables: dict, tx: optax.GradientTransformation, *, averaged: bool = False
+  ) -> "TrainState":
+    """State before the first update.
+
+    Args:
+      variables: as from `CRN.init`.
+      tx: optimizer of a branch.
+      averaged: whether to keep a moving average of the parameters.
+    """
     params = variables["params"]
     opt_state = {name: tx.init(params[name]) for name in BRANCHES}
-    return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state)
+    # Copies: the state's buffers are donated, and none can be given away twice.
+    average = jax.tree.map(jnp.copy, params) if averaged else {}
+    return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state, average)
+
+  def eval_variables(self) -> dict:
+    """What is evaluated: {'params' (averaged ones, if there are), 'batch_stats'}."""
+    return {"params": self.average or self.params, "batch_stats": self.batch_stats}
 
 
 def make_train_step(
@@ -139,6 +155,11 @@ def make_update(
       metrics |= {f"{name}/{term}": value for term, value in psum(terms | {"total": total}).items()}
       metrics[f"{name}/grad_norm"] = optax.tree.norm(grads)
       metrics[f"{name}/logit_scale"] = state.params[name]["logit_scale"][0]
-    return TrainState(state.step + 1, params, batch_stats, opt_state), metrics
+    average = state.average
+    if average:
+      average = optimizer.average_parameters(
+        average, params, state.step, config.optimizer.ema_decay
+      )
+    return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 
   return update

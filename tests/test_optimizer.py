@@ -144,3 +144,26 @@ def test_gradients_are_clipped_before_the_decay_is_added():
   grad = GRADS["head"]["fc"]["kernel"] * 0.5 / norm
   expected = adam(PARAMS["head"]["fc"]["kernel"], grad, 1, 0.01, 1e-3)
   np.testing.assert_allclose(trained, expected, rtol=1e-6)
+
+
+def test_the_backbone_can_learn_slower():
+  params = {**PARAMS, "backbone": {"block": {"fc": {"kernel": jnp.array([1.0])}}}}
+  grads = {**GRADS, "backbone": {"block": {"fc": {"kernel": jnp.array([2.0])}}}}
+  config = default.get_config()
+  config.optimizer.update(learning_rate=0.01, weight_decay=0.0, backbone_rate=0.1)
+  trained = train(config, 1, grads, params)
+  np.testing.assert_allclose(trained["backbone"]["block"]["fc"]["kernel"], 1 - 0.001, rtol=1e-6)
+  np.testing.assert_allclose(trained["relation"]["fc"]["bias"], 0.25, rtol=1e-6)
+  np.testing.assert_allclose(trained["logit_scale"], 10 - 0.01, rtol=1e-6)
+
+
+def test_by_default_all_rates_are_the_published_one_and_nothing_is_averaged():
+  config = default.get_config().optimizer
+  assert (config.backbone_rate, config.logit_scale_rate, config.ema_decay) == (1.0, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.1), (1, 2 / 11), (10_000, 0.99)])
+def test_the_average_forgets_its_start_and_then_keeps_its_decay(step, decay):
+  average, params = {"w": jnp.array([1.0])}, {"w": jnp.array([2.0])}
+  new = optimizer.average_parameters(average, params, jnp.asarray(step), 0.99)
+  np.testing.assert_allclose(new["w"], decay * 1.0 + (1 - decay) * 2.0, rtol=1e-6)

@@ -4,8 +4,12 @@ from configs import default
 from crn_jax import run
 
 
+def check(config, workdir):
+  run.check_config(config, workdir, run.free_fields(config))
+
+
 def test_a_new_folder_accepts_any_configuration(tmp_path):
-  run.check_config(default.get_config(), tmp_path)
+  check(default.get_config(), tmp_path)
 
 
 def test_the_same_configuration_continues_a_run(tmp_path):
@@ -13,18 +17,32 @@ def test_the_same_configuration_continues_a_run(tmp_path):
   config = default.get_config()
   config.data.root = "elsewhere"
   config.log_every_steps = 1
-  run.check_config(config, tmp_path)
+  check(config, tmp_path)
 
 
 def test_another_configuration_is_refused_with_the_differences(tmp_path):
   run.save_config(default.get_config(), tmp_path)
   config = default.get_config()
   config.optimizer.learning_rate = 1e-4
-  with pytest.raises(ValueError, match=r"optimizer.learning_rate: 3e-05 in the run, 0.0001 now"):
-    run.check_config(config, tmp_path)
+  with pytest.raises(ValueError) as error:
+    check(config, tmp_path)
+  assert "optimizer.learning_rate: 3e-05 in the run, 0.0001 now" in str(error.value)
+  assert "Only these may change: log_every_steps, checkpoint_every_steps" in str(error.value)
+
+
+def test_more_epochs_are_allowed_unless_the_learning_rate_depends_on_them(tmp_path):
+  config = default.get_config()
+  run.save_config(config, tmp_path)
+  config.num_epochs += 1
+  check(config, tmp_path)
+  config.optimizer.schedule = "cosine"
+  run.save_config(config, tmp_path)
+  config.num_epochs += 1
+  with pytest.raises(ValueError, match="num_epochs: 51 in the run, 52 now"):
+    check(config, tmp_path)
 
 
 def test_damaged_configuration_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json: not valid JSON"):
-    run.check_config(default.get_config(), tmp_path)
+    check(default.get_config(), tmp_path)

@@ -1,7 +1,9 @@
 """Whole runs of a tiny model: files, compilations, continuation, evaluation."""
 
 import json
+import os
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -9,8 +11,10 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from crn_jax import train
+from crn_jax import checkpoint, logs, train
+from crn_jax.interrupt import Interrupted
 from crn_jax.parallel import DataParallel
+from crn_jax.progress import Progress
 from tests import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
@@ -78,17 +82,14 @@ def test_starting_a_finished_run_again_trains_no_further(finished, root):
   assert train.train(tiny.config(root), workdir) == shown
 
 
-def test_a_continued_run_ends_with_the_same_parameters(finished, root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_a_run_that_was_stopped_ends_with_the_same_state(finished, root, tmp_path, step):
+  """In the middle of an epoch and at its end; parameters, optimizer and losses bit by bit."""
   workdir, _, _ = finished
   stopped = tmp_path / "stopped"
-
-  def interrupt(*_):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    # After the first epoch's checkpoint.
-    patch.setattr(train, "recall_scalars", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(Progress, "stepped", signal_at(step, Progress.stepped))
+    with pytest.raises(Interrupted, match=f"stopped at step {step} by SIGTERM"):
       train.train(tiny.config(root), stopped)
   train.train(tiny.config(root), stopped)
   states = [
@@ -96,6 +97,52 @@ def test_a_continued_run_ends_with_the_same_parameters(finished, root, tmp_path,
     for folder in (workdir, stopped)
   ]
   jax.tree.map(np.testing.assert_array_equal, *states)
+  losses = [last_losses(folder) for folder in (workdir, stopped)]
+  assert losses[0] == losses[1]
+  results = [json.loads((folder / "eval.json").read_text()) for folder in (workdir, stopped)]
+  assert results[0] == results[1]
+
+
+def signal_at(step: int, stepped):
+  """`Progress.stepped` that gets a SIGTERM after a step."""
+
+  def signalled(self, metrics):
+    stepped(self, metrics)
+    if self._step == step:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  return signalled
+
+
+def last_losses(workdir) -> dict:
+  record = [r for r in logs.read_records(workdir / "metrics.jsonl") if "train/local/total" in r][-1]
+  return {k: v for k, v in record.items() if k.startswith(("train/local", "train/global", "step"))}
+
+
+def test_a_run_records_its_losses_and_recalls(finished):
+  workdir, _, _ = finished
+  records = logs.read_records(workdir / "metrics.jsonl")
+  assert [record["step"] for record in records] == [2, 2, 4, 4]
+  terms = ("classification", "cross_branch", "mutual_kl", "modification", "auxiliary", "total")
+  for branch in ("local", "global"):
+    assert {f"train/{branch}/{t}" for t in (*terms, "logit_scale", "grad_norm")} <= set(records[0])
+  assert "train/local/perceptual" in records[0]
+  for name in ("learning_rate", "examples_per_second", "peak_memory_gib"):
+    assert records[0][f"train/{name}"] > 0
+  assert {"eval/val_split/R@10", "eval/original_split/R@10"} <= set(records[1])
+
+
+def test_the_best_checkpoint_is_reported_beside_the_last(finished, root, tmp_path):
+  workdir, _, _ = finished
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  for which in ("best", "last"):
+    train.evaluate_run(tiny.config(root), copy, which)
+    results = json.loads((copy / "eval.json").read_text())
+    assert results["selection"] == which
+    steps = {results["checkpoint_step"], *(r["checkpoint_step"] for r in results["beside"])}
+    with checkpoint.Checkpoints(copy / "checkpoints") as checkpoints:
+      assert steps == {checkpoints.best_step(), 4}
 
 
 def test_a_run_is_not_overwritten_by_another_configuration(finished, root):
@@ -119,9 +166,38 @@ def test_missing_pretrained_weights_stop_before_training(root, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_not_finite_is_named():
-  with pytest.raises(FloatingPointError, match="step 3: local/total not finite"):
-    train.check_finite({"local/total": float("nan"), "global/total": 1.0}, 3)
+def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
+  """The first step's huge update makes the second step's losses overflow; nobody logs it."""
+  config = tiny.config(root)
+  config.update_mode = "simultaneous"
+  config.optimizer.learning_rate = 1e30
+  config.checkpoint_every_steps = 1
+  with pytest.raises(FloatingPointError, match=r"step 2: (local|global)/\w+.* not finite"):
+    train.train(config, tmp_path / "run")
+  with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [1]
+
+
+def test_the_first_step_that_is_not_finite_is_named():
+  config = tiny.config("unused")
+  with Progress(config, 10, 20, 2) as progress:
+    for total in (1.0, np.nan, np.nan):
+      progress.stepped({"local/total": np.float32(total), "global/total": np.float32(1)})
+    with pytest.raises(FloatingPointError, match="step 12: local/total not finite"):
+      progress.read(DataParallel.create("shard_map"))
+
+
+def test_averaged_parameters_are_what_is_evaluated(root, tmp_path):
+  config = tiny.config(root)
+  config.num_epochs = 1
+  config.optimizer.ema_decay = 0.5
+  train.train(config, tmp_path)
+  state = ocp.StandardCheckpointer().restore(tmp_path / "checkpoints" / "2" / "default")
+  different = jax.tree.map(lambda a, b: np.any(a != b), state["average"], state["params"])
+  assert np.mean(jax.tree.leaves(different)) > 0.5
+  by_average = json.loads((tmp_path / "eval.json").read_text())
+  train.evaluate_run(config, tmp_path, "last")
+  assert json.loads((tmp_path / "eval.json").read_text()) == by_average
 
 
 @pytest.mark.parametrize("mode", ["shard_map", "pmap"])

@@ -1,0 +1,105 @@
+"""What a run records while it goes: TensorBoard events and metrics.jsonl."""
+
+import json
+import os
+import pathlib
+import resource
+import sys
+
+import jax
+import numpy as np
+from absl import logging
+from clu import metric_writers
+
+
+class Log:
+  """Writes scalars and images of a run; a context manager.
+
+  `metrics.jsonl` has one object a line: {"step", "epoch", name: value, ...}. A full disk costs
+  records, never the run: what cannot be written is dropped with a warning.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, start_step: int):
+    """Opens both; records beyond `start_step`, of steps that will be done again, are removed."""
+    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    drop_records_after(self._path, start_step)
+    self._writer = metric_writers.SummaryWriter(str(workdir))
+
+  def __enter__(self) -> "Log":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._attempt(self._writer.close)
+
+  def scalars(self, step: int, epoch: float, values: dict[str, float]) -> None:
+    """Records values of a step, e.g. {'train/local/total': 1.5}."""
+    record = json.dumps({"step": step, "epoch": round(epoch, 4), **values})
+    self._attempt(lambda: append_line(self._path, record))
+    self._attempt(lambda: self._writer.write_scalars(step, values))
+    self._attempt(self._writer.flush)
+
+  def images(self, step: int, images: dict[str, np.ndarray]) -> None:
+    """Shows pictures, name -> [height, width, 3] uint8, in TensorBoard."""
+    batches = {name: image[None] for name, image in images.items()}
+    self._attempt(lambda: self._writer.write_images(step, batches))
+
+  def _attempt(self, write) -> None:
+    # TensorFlow's errors are no OSErrors, and importing TensorFlow for their names costs seconds.
+    try:
+      write()
+    except Exception as error:
+      if not isinstance(error, OSError) and type(error).__module__ != (
+        "tensorflow.python.framework.errors_impl"
+      ):
+        raise
+      logging.warning("%s: a record was not written: %s", self._path.parent, error)
+
+
+def append_line(path: pathlib.Path, line: str) -> None:
+  """Appends a whole line or, if the disk is full, nothing.
+
+  Raises:
+    OSError: the line could not be written.
+  """
+  with open(path, "ab", buffering=0) as file:
+    size = file.seek(0, os.SEEK_END)
+    data = line.encode() + b"\n"
+    try:
+      if file.write(data) < len(data):
+        raise OSError("no space left for a whole record")
+    except OSError:
+      file.truncate(size)
+      raise
+
+
+def read_records(path: str | os.PathLike) -> list[dict]:
+  """Records of a metrics.jsonl; none if there is no file. Incomplete lines are left out."""
+  path = pathlib.Path(path)
+  if not path.exists():
+    return []
+  records = []
+  for line in path.read_text().splitlines():
+    try:
+      records.append(json.loads(line))
+    except json.JSONDecodeError:
+      continue  # The process was killed while it wrote.
+  return records
+
+
+def drop_records_after(path: pathlib.Path, step: int) -> None:
+  """Removes the records of later steps, and incomplete lines; atomically."""
+  kept = [record for record in read_records(path) if record["step"] <= step]
+  if not path.exists():
+    return
+  partial = path.with_name(path.name + ".partial")
+  partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+  os.replace(partial, path)
+
+
+def peak_memory_gib() -> float:
+  """Highest memory use so far: of the fullest device, or of this process on a CPU."""
+  stats = [device.memory_stats() for device in jax.local_devices()]
+  if all(stats):
+    return max(s["peak_bytes_in_use"] for s in stats) / 2**30
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak / (2**30 if sys.platform == "darwin" else 2**20)  # Linux counts in KiB.
