@@ -37,6 +37,8 @@ class Annotations:
     entries: the good items of the captions file, in file order; whether there are image files is
       not looked at.
     image_ids: ids of the split list, in file order, each once.
+    named_ids: those of `image_ids` that items name, in order of first appearance, candidate before
+      target. Bad items count: the gallery made of these ids shall not shrink with the queries.
     n_items: number of items of the captions file, good or bad.
     problems: what is wrong. A file that cannot be used at all is a fatal problem, and counts as
       empty above.
@@ -46,6 +48,7 @@ class Annotations:
   split: str
   entries: tuple[Entry, ...]
   image_ids: tuple[str, ...]
+  named_ids: tuple[str, ...]
   n_items: int
   problems: tuple[Problem, ...]
 
@@ -89,9 +92,11 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
     problems.append(Problem(FATAL, split_name, what))
     ids = []
   known = frozenset(ids)
-  entries = []
+  entries, named = [], []
   for i, item in enumerate(items):
     where = f"{captions_name}, item {i}"
+    if isinstance(item, dict):
+      named += [item.get("candidate"), item.get("target")]
     entry = _parse_entry(item)
     if isinstance(entry, str):
       problems.append(Problem(ENTRIES_MALFORMED, where, entry))
@@ -112,6 +117,7 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
     split=split,
     entries=tuple(entries),
     image_ids=tuple(dict.fromkeys(ids)),
+    named_ids=tuple(dict.fromkeys(i for i in named if isinstance(i, str) and i in known)),
     n_items=len(items),
     problems=tuple(problems),
   )

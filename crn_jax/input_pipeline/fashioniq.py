@@ -121,7 +121,7 @@ def read(
 
 def gallery_ids(annotations: Annotations) -> dict[str, tuple[str, ...]]:
   """Ids of the galleries of both protocols, in gallery order: {"val_split", "original_split"}."""
-  return {"val_split": used_ids(annotations.entries), "original_split": annotations.image_ids}
+  return {"val_split": annotations.named_ids, "original_split": annotations.image_ids}
 
 
 def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str, ...], ...]:

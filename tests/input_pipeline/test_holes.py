@@ -339,16 +339,23 @@ def test_skip_leaves_out_queries_and_gallery_images(root):
   )
 
 
-def test_images_of_a_skipped_query_stay_in_the_galleries(root):
+@pytest.mark.parametrize(
+  "spoil", [lambda entry: entry.pop("captions"), lambda entry: entry.update(candidate="X")]
+)
+def test_images_of_a_skipped_query_stay_in_the_galleries(root, spoil):
   """A gallery without them would be easier than the published one."""
   (whole,) = fashioniq.read(root, "dress", train=False).evals
-  (root / "resized_image/dress/B00DRESS08.jpg").unlink()
-  edit(root, "captions/cap.dress.val.json", lambda entries: entries.pop(5))  # Also uses 07.
-  (split,) = skip(root, "dress", train=False).evals
+  (root / "resized_image/dress/B00DRESS01.jpg").unlink()
+  # Entry 2 asks for 06, given the missing 01; entry 3 is the only other one that names 06.
+  edit(root, "captions/cap.dress.val.json", lambda entries: spoil(entries[3]))
+  data = skip(root, "dress", train=False)
+  (split,) = data.evals
   assert len(split.queries) == 4
   left = [split.image_ids[row] for row in split.galleries["val_split"]]
   before = [whole.image_ids[row] for row in whole.galleries["val_split"]]
-  assert left == [i for i in before if i != "B00DRESS08"]
+  assert "B00DRESS06" in left
+  assert left == [i for i in before if i != "B00DRESS01"]
+  assert data.skipped["val"]["dress"]["of_val_split"] == len(before)
 
 
 @pytest.mark.parametrize(("caption_use", "n_texts"), [("joined", 1), ("separate", 2)])
