@@ -23,6 +23,9 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   data.dataset = "fashioniq"  # 'fashioniq' or 'demo'.
   data.root = "data/fashioniq"  # Folder with captions/, image_splits/ and the images.
   data.category = "all"  # 'dress', 'shirt', 'toptee' or 'all' (joint training).
+  # Missing or damaged images and bad entries: 'error' lists them before training starts; 'skip'
+  # leaves out the triplets, queries and gallery images that they affect, and counts them.
+  data.on_missing = "error"
   # The two captions of an entry: 'joined' to one text (as published), 'both_orders' (two texts),
   # 'separate' (two texts of one caption).
   data.captions = "joined"

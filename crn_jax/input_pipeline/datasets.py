@@ -1,6 +1,9 @@
 """Opens the data set that a configuration names."""
 
 import dataclasses
+import hashlib
+import json
+import pathlib
 
 import ml_collections
 import numpy as np
@@ -19,24 +22,39 @@ class Dataset:
     evals: one split a category.
     ceilings: R@10 in percent that the best image-only and text-only ranking could reach, where the
       data set knows it; else None.
+    skipped: counts of what `data.on_missing = 'skip'` left out, ready for JSON; empty if nothing.
+      {"train": {..., "triplets", "of_triplets"}, "val": {category: {..., "queries", "of_queries",
+      "val_split", "of_val_split", "original_split", "of_original_split"}}}: how many triplets,
+      queries and gallery images were left out of how many. For "..." stand the causes:
+      "entries_malformed", "entries_outside_split", "images_unreadable", "images_missing". "train"
+      is absent if only evaluation was asked for. `holes.describe_skipped` says it in words.
+    image_digest: of the image files' names, sizes and times of change, for `known_digest` of
+      `open_dataset`; "" if some are unreadable.
+    fingerprint: of `train`, see `fingerprint`; "" if only evaluation was asked for.
   """
 
   name: str
   train: TrainSplit | None
   evals: tuple[EvalSplit, ...]
   ceilings: dict[str, float] | None = None
+  skipped: dict = dataclasses.field(default_factory=dict)
+  image_digest: str = ""
+  fingerprint: str = ""
 
 
-def open_dataset(config: ml_collections.ConfigDict, *, train: bool) -> Dataset:
-  """Reads the annotations and finds the images; draws the demo data set if it is not there yet.
+def open_dataset(
+  config: ml_collections.ConfigDict, *, train: bool, known_digest: str | None = None
+) -> Dataset:
+  """Reads the annotations and verifies the images; draws the demo data set if it is not there yet.
 
   Args:
     config: the `data` part of the configuration.
     train: whether the training data are needed.
+    known_digest: `image_digest` of an earlier call; unchanged images are not verified again.
 
   Raises:
-    ValueError, FileNotFoundError: on an unknown data set or on bad data; the message names the file
-      and says how to go on.
+    ValueError, FileNotFoundError: on an unknown data set or on bad data; one message lists
+      everything that is wrong and says how to go on.
   """
   if config.dataset not in ("fashioniq", "demo"):
     raise ValueError(f"data.dataset must be 'fashioniq' or 'demo', not {config.dataset!r}")
@@ -48,9 +66,33 @@ def open_dataset(config: ml_collections.ConfigDict, *, train: bool) -> Dataset:
       k: float(np.mean([facts[category][k] for category in used]))
       for k in ("image_only", "text_only")
     }
+  data = fashioniq.read(
+    config.root,
+    config.category,
+    config.captions,
+    train=train,
+    on_missing=config.on_missing,
+    known_digest=known_digest,
+  )
   return Dataset(
     f"{config.dataset}/{config.category}",
-    fashioniq.read_train(config.root, config.category, config.captions) if train else None,
-    fashioniq.read_val(config.root, config.category, config.captions),
+    data.train,
+    data.evals,
     ceilings,
+    skipped=data.skipped,
+    image_digest=data.image_digest,
+    fingerprint=fingerprint(data.train) if train else "",
   )
+
+
+def fingerprint(split: TrainSplit) -> str:
+  """Digest of what decides the course of a training: triplets in their order, and captions.
+
+  Images are named by their ids, not by their paths: another copy of the data, in another layout,
+  has the same fingerprint. Pixels are not looked at.
+  """
+  ids = [pathlib.PurePath(path).stem for path in split.image_paths]
+  triplets = split.triplets
+  rows = zip(triplets.reference.tolist(), triplets.target.tolist(), triplets.texts, strict=True)
+  content = [[[ids[r], ids[t], texts] for r, t, texts in rows], split.captions]
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()

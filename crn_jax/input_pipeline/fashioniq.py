@@ -9,175 +9,119 @@ Expected below the root:
 
 The candidate is the reference image. Other keys of an entry are ignored, except an optional
 string "kind" (kind of text), which is kept when every entry read has it.
+
+Copies of FashionIQ have holes. All of them are found before anything is handed out (`holes`), and
+either end the reading with one message or are left out and counted.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from crn_jax.input_pipeline import holes, verify
+from crn_jax.input_pipeline.annotations import (
+  Annotations,
+  Entry,
+  captions_file,
+  read_annotations,
+  used_ids,
+)
 from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit, Triplets
 
 CATEGORIES = ("dress", "shirt", "toptee")
 CAPTION_USES = ("joined", "both_orders", "separate")
+ON_MISSING = ("error", "skip")
 
+# Folders in which images of a category may lie; an earlier one wins over a later one.
+_IMAGE_FOLDERS = ("resized_image/{}", "images/{}", "images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
-_MAX_LISTED = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
-  """One item of a captions file.
+class FashionIQ:
+  """What a folder holds.
 
   Attributes:
-    reference: id of the candidate image.
-    target: id of the target image.
-    captions: the two captions, as written.
-    kind: kind of text, or None if not recorded.
+    train: the train split, or None if it was not asked for. `image_paths` holds the images that
+      triplets use, in order of first appearance, reference before target.
+    evals: the val split of every category, with the galleries of both published protocols:
+      "val_split", the reference and target images of the queries in order of first appearance,
+      reference before target (VAL, CLVC-Net, CRN); "original_split", the whole split list
+      (CLIP4Cir, the challenge).
+    skipped: counts of what was left out, as in `datasets.Dataset`.
+    image_digest: of the image files, for `known_digest` of a later call.
   """
 
-  reference: str
-  target: str
-  captions: tuple[str, str]
-  kind: str | None = None
+  train: TrainSplit | None
+  evals: tuple[EvalSplit, ...]
+  skipped: dict
+  image_digest: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Annotations:
-  """The two annotation files of one category and split.
-
-  Attributes:
-    category: "dress", "shirt" or "toptee".
-    entries: items of the captions file, in file order.
-    image_ids: ids of the split list, in file order, each once.
-  """
-
-  category: str
-  entries: tuple[Entry, ...]
-  image_ids: tuple[str, ...]
-
-
-def read_train(root: str | os.PathLike, category: str, caption_use: str = "joined") -> TrainSplit:
-  """Reads the train split of one category, or of all three together.
+def read(
+  root: str | os.PathLike,
+  category: str,
+  caption_use: str = "joined",
+  *,
+  train: bool = True,
+  on_missing: str = "error",
+  known_digest: str | None = None,
+) -> FashionIQ:
+  """Reads one category, or all three together, and verifies every image that will be read.
 
   Args:
     root: folder with captions/, image_splits/ and the images.
-    category: "dress", "shirt", "toptee", or "all" for the three in this order.
+    category: "dress", "shirt", "toptee", or "all" for the three in this order: one train split,
+      three val splits.
     caption_use: "joined" (an entry is one triplet with both captions: VAL split papers, CRN),
       "both_orders" (two triplets, the captions in either order: CoSMo, ARTEMIS) or
       "separate" (two triplets with one caption each: VAL).
-
-  Returns:
-    The split. `image_paths` holds the images that triplets use, in order of first appearance,
-    reference before target.
+    train: whether the train split is wanted; its files need not exist otherwise.
+    on_missing: "error", or "skip" to leave out the triplets, queries and gallery entries that
+      holes affect. Images of queries that are left out stay in the galleries, so that these are
+      as close to the published ones as the files allow.
+    known_digest: `image_digest` of an earlier call; unchanged image files are then not decoded.
 
   Raises:
-    FileNotFoundError: an annotation file, the image folder or images are missing.
-    ValueError: unknown category or caption_use, or an annotation file that is not as expected.
+    FileNotFoundError: there is no such root.
+    ValueError: unknown category, caption_use or on_missing; or the folder has holes, all of them
+      in one message.
   """
-  _check_caption_use(caption_use)
+  _check_choice("caption_use", caption_use, CAPTION_USES)
+  _check_choice("on_missing", on_missing, ON_MISSING)
+  _check_choice("category", category, (*CATEGORIES, "all"))
   root = _check_root(root)
-  annotations = _read_all(root, category, "train")
-  paths, missing = locate_images(root, {a.category: _used_ids(a.entries) for a in annotations})
-  _require_no_missing(root, "train", missing)
-
-  rows: dict[str, int] = {}  # By path: in the flat layout categories share files.
-  row_of = {}
-  for a in annotations:
-    for image_id in _used_ids(a.entries):
-      path = paths[a.category][image_id]
-      row_of[a.category, image_id] = rows.setdefault(path, len(rows))
-  parts = [
-    _to_triplets(a.entries, {i: row_of[a.category, i] for i in _used_ids(a.entries)}, caption_use)
-    for a in annotations
+  categories = CATEGORIES if category == "all" else (category,)
+  annotations = [
+    read_annotations(root, c, split)
+    for split in (("train", "val") if train else ("val",))
+    for c in categories
   ]
-  return TrainSplit(
-    image_paths=tuple(rows),
-    triplets=_concatenate(parts),
-    captions=tuple(c for a in annotations for entry in a.entries for c in entry.captions),
+  paths = locate_images(
+    root, {c: [i for a in annotations if a.category == c for i in a.needed_ids] for c in categories}
+  )
+  # By path: in the flat layout categories share files.
+  files = tuple(dict.fromkeys(path for found in paths.values() for path in (found or {}).values()))
+  unreadable, digest = verify.find_unreadable(files, root, known_digest)
+  parts = [_to_part(root, a, paths[a.category], unreadable) for a in annotations]
+  problems = [p for part in parts for p in part.problems]
+  skipped = _count_skipped(parts, caption_use) if problems else {}
+  if problems and (on_missing == "error" or any(p.sort == holes.FATAL for p in problems)):
+    raise ValueError(holes.error_message(str(root), problems, skipped))
+  return FashionIQ(
+    train=_to_train_split([p for p in parts if p.split == "train"], caption_use) if train else None,
+    evals=tuple(_to_eval_split(p, caption_use) for p in parts if p.split == "val"),
+    skipped=skipped,
+    image_digest=digest,
   )
 
 
-def read_val(
-  root: str | os.PathLike, category: str, caption_use: str = "joined"
-) -> tuple[EvalSplit, ...]:
-  """Reads the val split: queries and the galleries of both published protocols.
-
-  Galleries: "val_split", the reference and target images of the queries in order of first
-  appearance, reference before target (VAL, CLVC-Net, CRN); "original_split", the whole split
-  list (CLIP4Cir, the challenge).
-
-  Args:
-    root: folder with captions/, image_splits/ and the images.
-    category: "dress", "shirt", "toptee", or "all".
-    caption_use: as in `read_train`.
-
-  Returns:
-    One split per category, so three for "all". All images of the split list are in it.
-
-  Raises:
-    FileNotFoundError: an annotation file, the image folder or images are missing.
-    ValueError: unknown category or caption_use, or an annotation file that is not as expected.
-  """
-  _check_caption_use(caption_use)
-  root = _check_root(root)
-  annotations = _read_all(root, category, "val")
-  paths, missing = locate_images(root, {a.category: a.image_ids for a in annotations})
-  _require_no_missing(root, "val", missing)
-  return tuple(_to_eval_split(a, paths[a.category], caption_use) for a in annotations)
-
-
-def read_annotations(root: str | os.PathLike, category: str, split: str) -> Annotations:
-  """Reads and checks the captions and the split list of one category; images are not needed.
-
-  Args:
-    root: folder with captions/ and image_splits/.
-    category: "dress", "shirt" or "toptee".
-    split: "train" or "val".
-
-  Raises:
-    FileNotFoundError: a file is missing.
-    ValueError: a file is malformed, or an entry names an image outside the split list.
-  """
-  root = pathlib.Path(root)
-  split_path = root / "image_splits" / f"split.{category}.{split}.json"
-  captions_path = root / "captions" / f"cap.{category}.{split}.json"
-  ids = _read_json_list(split_path, "image ids")
-  for i, image_id in enumerate(ids):
-    if not isinstance(image_id, str):
-      raise ValueError(
-        f"{split_path}: expected a list of image ids (strings); item {i} is {image_id!r}"
-      )
-  image_ids = tuple(dict.fromkeys(ids))
-  entries = tuple(
-    _parse_entry(item, i, captions_path)
-    for i, item in enumerate(_read_json_list(captions_path, "entries"))
-  )
-  known = frozenset(image_ids)
-  for i, entry in enumerate(entries):
-    for key, image_id in (("candidate", entry.reference), ("target", entry.target)):
-      if image_id not in known:
-        raise ValueError(
-          f"{captions_path}: {key} {image_id!r} of item {i} is not in the split "
-          f"list {split_path}; take both files from the same release of FashionIQ"
-        )
-  return Annotations(category=category, entries=entries, image_ids=image_ids)
-
-
-def gallery_rows(annotations: Annotations) -> dict[str, np.ndarray]:
-  """Galleries of both protocols.
-
-  Returns:
-    {"val_split": [g] int32, "original_split": [n] int32}, positions in the split list.
-  """
-  row = {image_id: i for i, image_id in enumerate(annotations.image_ids)}
-  return {
-    "val_split": np.array([row[i] for i in _used_ids(annotations.entries)], np.int32),
-    "original_split": np.arange(len(row), dtype=np.int32),
-  }
+def gallery_ids(annotations: Annotations) -> dict[str, tuple[str, ...]]:
+  """Ids of the galleries of both protocols, in gallery order: {"val_split", "original_split"}."""
+  return {"val_split": annotations.named_ids, "original_split": annotations.image_ids}
 
 
 def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str, ...], ...]:
@@ -186,7 +130,7 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
   Raises:
     ValueError: unknown caption_use.
   """
-  _check_caption_use(caption_use)
+  _check_choice("caption_use", caption_use, CAPTION_USES)
   first, second = captions
   return {
     "joined": ((first, second),),
@@ -195,14 +139,9 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
   }[caption_use]
 
 
-def image_folders(root: pathlib.Path, category: str) -> tuple[pathlib.Path, ...]:
-  """Folders in which images of a category may lie; an earlier one wins over a later one."""
-  return root / "resized_image" / category, root / "images" / category, root / "images"
-
-
 def locate_images(
   root: str | os.PathLike, ids: dict[str, Sequence[str]]
-) -> tuple[dict[str, dict[str, str]], dict[str, list[str]]]:
+) -> dict[str, dict[str, str] | None]:
   """Finds image files by listing every folder once.
 
   Args:
@@ -210,43 +149,102 @@ def locate_images(
     ids: category -> image ids to find.
 
   Returns:
-    paths: category -> {id: path} of the images found.
-    missing: category -> ids without a file; only categories that miss some.
-
-  Raises:
-    FileNotFoundError: none of the folders exists for a category.
+    category -> {id: path} of the images found, or None if there is no folder for the category.
   """
   root = pathlib.Path(root)
   listings = {
-    folder: _list_images(folder)
-    for folder in dict.fromkeys(f for category in ids for f in image_folders(root, category))
+    folder: _list_images(root / folder)
+    for folder in dict.fromkeys(f.format(category) for category in ids for f in _IMAGE_FOLDERS)
   }
-  paths, missing = {}, {}
+  paths = {}
   for category, wanted in ids.items():
-    folders = image_folders(root, category)
-    present = [listings[f] for f in folders if listings[f] is not None]
-    if not present:
-      tried = ", ".join(f"{f}/" for f in folders)
-      raise FileNotFoundError(
-        f"no image folder for {category}: tried {tried}; put the images "
-        "there as <id>.jpg, .jpeg or .png"
-      )
-    paths[category] = {}
-    absent = []
-    for image_id in dict.fromkeys(wanted):
-      path = next((listing[image_id] for listing in present if image_id in listing), None)
-      if path is None:
-        absent.append(image_id)
-      else:
-        paths[category][image_id] = path
-    if absent:
-      missing[category] = absent
-  return paths, missing
+    folders = [listings[f.format(category)] for f in _IMAGE_FOLDERS]
+    present = [listing for listing in folders if listing is not None]
+    found = {
+      i: next((listing[i] for listing in present if i in listing), None)
+      for i in dict.fromkeys(wanted)
+    }
+    paths[category] = {i: p for i, p in found.items() if p is not None} if present else None
+  return paths
 
 
-def _check_caption_use(caption_use: str) -> None:
-  if caption_use not in CAPTION_USES:
-    raise ValueError(f"caption_use: expected one of {CAPTION_USES}, got {caption_use!r}")
+@dataclasses.dataclass(frozen=True)
+class _Part:
+  """A category of a split: what its annotations ask for and what is left of it.
+
+  Attributes:
+    annotations: of the category and split.
+    paths: id -> path of the readable images.
+    entries: the entries of which both images are readable.
+    problems: all that is wrong with the part.
+  """
+
+  annotations: Annotations
+  paths: dict[str, str]
+  entries: tuple[Entry, ...]
+  problems: tuple[holes.Problem, ...]
+
+  @property
+  def split(self) -> str:
+    return self.annotations.split
+
+
+def _to_part(
+  root: pathlib.Path, a: Annotations, paths: dict[str, str] | None, unreadable: dict[str, str]
+) -> _Part:
+  problems = list(a.problems)
+  if paths is None:
+    tried = ", ".join(f"{f.format(a.category)}/" for f in _IMAGE_FOLDERS)
+    where = f"images of {a.category}"
+    problems.append(holes.Problem(holes.FATAL, where, f"none of the folders {tried} exists"))
+    return _Part(a, {}, (), tuple(problems))
+  readable = {}
+  for image_id in a.needed_ids:
+    path = paths.get(image_id)
+    if path is None:
+      problems.append(holes.Problem(holes.IMAGES_MISSING, f"{a.category} {image_id}"))
+    elif path in unreadable:
+      where = os.path.relpath(path, root)
+      problems.append(holes.Problem(holes.IMAGES_UNREADABLE, where, unreadable[path]))
+    else:
+      readable[image_id] = path
+  entries = tuple(e for e in a.entries if e.reference in readable and e.target in readable)
+  if not entries and not any(p.sort == holes.FATAL for p in problems):
+    where = captions_file(a.category, a.split)
+    what = f"nothing is left of its {a.n_items} entries"
+    problems.append(holes.Problem(holes.FATAL, where, what))
+  return _Part(a, readable, entries, tuple(problems))
+
+
+def _count_skipped(parts: Sequence[_Part], caption_use: str) -> dict:
+  """See `datasets.Dataset.skipped`."""
+  n_texts = len(use_captions(("", ""), caption_use))
+  skipped = {}
+  train = [p for p in parts if p.split == "train"]
+  if train:
+    n_items = sum(p.annotations.n_items for p in train)
+    skipped["train"] = {
+      **holes.count([problem for p in train for problem in p.problems]),
+      "triplets": n_texts * (n_items - sum(len(p.entries) for p in train)),
+      "of_triplets": n_texts * n_items,
+    }
+  skipped["val"] = {}
+  for p in parts:
+    if p.split != "val":
+      continue
+    counts = holes.count(p.problems)
+    counts["queries"] = n_texts * (p.annotations.n_items - len(p.entries))
+    counts["of_queries"] = n_texts * p.annotations.n_items
+    for protocol, ids in gallery_ids(p.annotations).items():
+      counts[protocol] = sum(i not in p.paths for i in ids)
+      counts[f"of_{protocol}"] = len(ids)
+    skipped["val"][p.annotations.category] = counts
+  return skipped
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
 
 
 def _check_root(root: str | os.PathLike) -> pathlib.Path:
@@ -260,62 +258,6 @@ def _check_root(root: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _read_all(root: pathlib.Path, category: str, split: str) -> list[Annotations]:
-  if category != "all" and category not in CATEGORIES:
-    raise ValueError(f"category: expected one of {(*CATEGORIES, 'all')}, got {category!r}")
-  categories = CATEGORIES if category == "all" else (category,)
-  return [read_annotations(root, c, split) for c in categories]
-
-
-def _read_json_list(path: pathlib.Path, what: str) -> list:
-  try:
-    with open(path, encoding="utf-8") as f:
-      value = json.load(f)
-  except FileNotFoundError as error:
-    raise FileNotFoundError(
-      f"{path}: no such file; the annotations are published at "
-      "https://github.com/XiaoxiaoGuo/fashion-iq"
-    ) from error
-  except ValueError as error:  # Malformed JSON or UTF-8.
-    raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from error
-  if not isinstance(value, list) or not value:
-    found = "an empty list" if value == [] else f"a JSON value of type {type(value).__name__}"
-    raise ValueError(f"{path}: expected a list of {what}, found {found}")
-  return value
-
-
-def _parse_entry(item: object, i: int, path: pathlib.Path) -> Entry:
-  expected = f"{path}: expected a list of objects with keys candidate, target, captions; item {i}"
-  if not isinstance(item, dict):
-    raise ValueError(f"{expected} is {item!r}")
-  if not {"candidate", "target", "captions"} <= item.keys():
-    raise ValueError(f"{expected} has keys {sorted(item)}")
-  for key in ("candidate", "target"):
-    if not isinstance(item[key], str):
-      raise ValueError(
-        f"{path}: expected an image id (string) as {key}; item {i} has {item[key]!r}"
-      )
-  captions = item["captions"]
-  if (
-    not isinstance(captions, list)
-    or len(captions) != 2
-    or not all(isinstance(c, str) for c in captions)
-  ):
-    raise ValueError(f"{path}: expected two strings as captions; item {i} has {captions!r}")
-  kind = item.get("kind")
-  return Entry(
-    reference=item["candidate"],
-    target=item["target"],
-    captions=tuple(captions),
-    kind=kind if isinstance(kind, str) else None,
-  )
-
-
-def _used_ids(entries: Iterable[Entry]) -> tuple[str, ...]:
-  """Ids in order of first appearance, reference before target."""
-  return tuple(dict.fromkeys(i for entry in entries for i in (entry.reference, entry.target)))
-
-
 def _list_images(folder: pathlib.Path) -> dict[str, str] | None:
   """id -> path of the images in a folder, or None if there is no such folder."""
   if not folder.is_dir():
@@ -324,7 +266,8 @@ def _list_images(folder: pathlib.Path) -> dict[str, str] | None:
   with os.scandir(folder) as entries:
     for entry in entries:
       stem, extension = os.path.splitext(entry.name)
-      if extension.lower() not in _EXTENSIONS:
+      # A link that leads nowhere is no file.
+      if extension.lower() not in _EXTENSIONS or not entry.is_file():
         continue
       # Listings come in any order: the extension decides which of two files of one id is taken.
       candidate = (_EXTENSIONS.index(extension.lower()), entry.path)
@@ -333,21 +276,23 @@ def _list_images(folder: pathlib.Path) -> dict[str, str] | None:
   return {stem: path for stem, (_, path) in found.items()}
 
 
-def _require_no_missing(root: pathlib.Path, split: str, missing: dict[str, list[str]]) -> None:
-  if not missing:
-    return
-  names = [f"{category}/{i}" for category, ids in missing.items() for i in ids]
-  listed = ", ".join(names[:_MAX_LISTED]) + (", ..." if len(names) > _MAX_LISTED else "")
-  folders = "; ".join(
-    " or ".join(f"{f}/" for f in image_folders(root, category)) for category in missing
-  )
-  raise FileNotFoundError(
-    f"{len(names)} images of the {split} split have no file: {listed}; "
-    f"expected <id>.jpg, .jpeg or .png in {folders}"
+def _to_train_split(parts: Sequence[_Part], caption_use: str) -> TrainSplit:
+  rows: dict[str, int] = {}  # By path: in the flat layout categories share files.
+  triplets = []
+  for p in parts:
+    ids = used_ids(p.entries)
+    row = {i: rows.setdefault(p.paths[i], len(rows)) for i in ids}
+    triplets.append(_to_triplets(p.entries, row, caption_use))
+  return TrainSplit(
+    image_paths=tuple(rows),
+    triplets=_concatenate(triplets),
+    # Of all good entries, with or without images: the ids of words do not depend on which image
+    # files a copy of the data lacks.
+    captions=tuple(c for p in parts for entry in p.annotations.entries for c in entry.captions),
   )
 
 
-def _to_triplets(entries: Sequence[Entry], row: dict[str, int], caption_use: str) -> Triplets:
+def _to_triplets(entries: Iterable[Entry], row: dict[str, int], caption_use: str) -> Triplets:
   items = [(e, text) for e in entries for text in use_captions(e.captions, caption_use)]
   kinds = tuple(e.kind for e, _ in items)
   return Triplets(
@@ -368,12 +313,15 @@ def _concatenate(parts: Sequence[Triplets]) -> Triplets:
   )
 
 
-def _to_eval_split(annotations: Annotations, paths: dict[str, str], caption_use: str) -> EvalSplit:
-  row = {image_id: i for i, image_id in enumerate(annotations.image_ids)}
+def _to_eval_split(part: _Part, caption_use: str) -> EvalSplit:
+  row = {image_id: i for i, image_id in enumerate(part.paths)}
   return EvalSplit(
-    name=annotations.category,
-    image_ids=annotations.image_ids,
-    image_paths=tuple(paths[i] for i in annotations.image_ids),
-    queries=_to_triplets(annotations.entries, row, caption_use),
-    galleries=gallery_rows(annotations),
+    name=part.annotations.category,
+    image_ids=tuple(part.paths),
+    image_paths=tuple(part.paths.values()),
+    queries=_to_triplets(part.entries, row, caption_use),
+    galleries={
+      protocol: np.array([row[i] for i in ids if i in row], np.int32)
+      for protocol, ids in gallery_ids(part.annotations).items()
+    },
   )

@@ -15,6 +15,10 @@ from PIL import Image
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# What Pillow raises on a file that is not an image or is damaged: a broken PNG shows as
+# SyntaxError, a cut header as struct.error.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+
 
 def decode(path: str | os.PathLike) -> np.ndarray:
   """Reads an image file as RGB; its EXIF orientation is ignored, as in the release.
@@ -31,8 +35,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
       return np.asarray(image.convert("RGB"))
   except FileNotFoundError:
     raise
-  # A broken PNG shows as SyntaxError, a cut header as struct.error.
-  except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+  except DECODE_ERRORS as error:
     raise ValueError(
       f"{path}: cannot be decoded as an image ({error}); fetch the file again or remove it"
     ) from error

@@ -1,8 +1,7 @@
-"""FashionIQ reader: real counts, the release's enumeration on a tiny tree, layouts, errors."""
+"""FashionIQ reader: real counts, the release's enumeration on a tiny tree, layouts."""
 
 import gzip
 import json
-import os
 import pathlib
 import shutil
 import zlib
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crn_jax.input_pipeline import fashioniq
+from crn_jax.input_pipeline import annotations, fashioniq
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 MINI = GOLDENS / "mini_data" / "fashioniq"
@@ -58,20 +57,22 @@ def ids_of(paths):
 def test_published_annotations_have_the_published_counts(real_root, category):
   with open(GOLDENS / "vocab.json", encoding="utf-8") as f:
     facts = json.load(f)["categories"][category]
-  train = fashioniq.read_annotations(real_root, category, "train")
-  assert len(train.entries) == facts["num_train_entries"]
-  val = fashioniq.read_annotations(real_root, category, "val")
-  galleries = fashioniq.gallery_rows(val)
-  assert len(val.entries) == facts["val"]["queries"]
-  assert len(galleries["original_split"]) == len(val.image_ids) == facts["val"]["gallery_all"]
+  train = annotations.read_annotations(real_root, category, "train")
+  assert len(train.entries) == train.n_items == facts["num_train_entries"]
+  val = annotations.read_annotations(real_root, category, "val")
+  galleries = fashioniq.gallery_ids(val)
+  assert len(val.entries) == val.n_items == facts["val"]["queries"]
+  assert len(galleries["original_split"]) == facts["val"]["gallery_all"]
   assert len(galleries["val_split"]) == facts["val"]["gallery_default"]
-  listed = ",".join(str(row) for row in galleries["val_split"])
+  row = {image_id: i for i, image_id in enumerate(val.image_ids)}
+  listed = ",".join(str(row[i]) for i in galleries["val_split"])
   assert zlib.crc32(listed.encode()) == facts["val"]["gallery_default_crc32"]
+  assert train.problems == val.problems == ()
 
 
 @pytest.mark.parametrize("category", fashioniq.CATEGORIES)
 def test_train_split_lists_what_the_release_lists(expected, category):
-  split = fashioniq.read_train(MINI, category)
+  split = fashioniq.read(MINI, category).train
   ids = ids_of(split.image_paths)
   triplets = split.triplets
   listed = [
@@ -86,7 +87,7 @@ def test_train_split_lists_what_the_release_lists(expected, category):
 
 @pytest.mark.parametrize("category", fashioniq.CATEGORIES)
 def test_val_split_lists_what_the_release_lists(expected, category):
-  (split,) = fashioniq.read_val(MINI, category)
+  (split,) = fashioniq.read(MINI, category, train=False).evals
   facts = expected[category]
   assert split.name == category
   assert list(split.image_ids) == facts["val"]["images"] == ids_of(split.image_paths)
@@ -103,35 +104,36 @@ def test_val_split_lists_what_the_release_lists(expected, category):
 def test_train_lists_only_images_that_triplets_use(root):
   path = root / "image_splits" / "split.dress.train.json"
   write_json(path, [*read_json(path), "WITHOUT_A_FILE"])
-  split = fashioniq.read_train(root, "dress")
+  split = fashioniq.read(root, "dress").train
   used = {*split.triplets.reference.tolist(), *split.triplets.target.tolist()}
   assert used == set(range(len(split.image_paths)))
 
 
-def test_all_joins_the_categories_in_order(expected):
-  split = fashioniq.read_train(MINI, "all")
-  parts = [fashioniq.read_train(MINI, category) for category in fashioniq.CATEGORIES]
+def test_all_joins_the_categories_in_order():
+  split = fashioniq.read(MINI, "all").train
+  parts = [fashioniq.read(MINI, category).train for category in fashioniq.CATEGORIES]
   assert split.captions == sum((part.captions for part in parts), ())
   assert split.triplets.texts == sum((part.triplets.texts for part in parts), ())
   for field in ("reference", "target"):
     joint = [split.image_paths[row] for row in getattr(split.triplets, field)]
     separate = [p.image_paths[row] for p in parts for row in getattr(p.triplets, field)]
     assert joint == separate
-  assert [s.name for s in fashioniq.read_val(MINI, "all")] == ["dress", "shirt", "toptee"]
+  evals = fashioniq.read(MINI, "all", train=False).evals
+  assert [s.name for s in evals] == list(fashioniq.CATEGORIES)
 
 
 def test_captions_are_used_as_asked():
-  joined = fashioniq.read_train(MINI, "dress", "joined")
-  both = fashioniq.read_train(MINI, "dress", "both_orders")
-  separate = fashioniq.read_train(MINI, "dress", "separate")
+  joined = fashioniq.read(MINI, "dress", "joined").train
+  both = fashioniq.read(MINI, "dress", "both_orders").train
+  separate = fashioniq.read(MINI, "dress", "separate").train
   first, second = joined.triplets.texts[0]
   assert both.triplets.texts[:2] == ((first, second), (second, first))
   assert separate.triplets.texts[:2] == ((first,), (second,))
   for twice in (both, separate):
     np.testing.assert_array_equal(twice.triplets.target, joined.triplets.target.repeat(2))
     assert twice.captions == joined.captions
-  (val,) = fashioniq.read_val(MINI, "dress", "separate")
-  (val_joined,) = fashioniq.read_val(MINI, "dress")
+  (val,) = fashioniq.read(MINI, "dress", "separate", train=False).evals
+  (val_joined,) = fashioniq.read(MINI, "dress", train=False).evals
   assert len(val.queries) == 2 * len(val_joined.queries)
   np.testing.assert_array_equal(val.galleries["val_split"], val_joined.galleries["val_split"])
 
@@ -142,16 +144,16 @@ def test_kind_is_kept_when_every_entry_has_it(root):
   write_json(
     path, [e | {"kind": k} for e, k in zip(entries, ("auxiliary", "modification"), strict=True)]
   )
-  (split,) = fashioniq.read_val(root, "shirt", "both_orders")
+  (split,) = fashioniq.read(root, "shirt", "both_orders", train=False).evals
   assert split.queries.kinds == ("auxiliary",) * 2 + ("modification",) * 2
   write_json(path, [entries[0] | {"kind": "auxiliary"}, entries[1]])
-  assert fashioniq.read_val(root, "shirt")[0].queries.kinds is None
+  assert fashioniq.read(root, "shirt", train=False).evals[0].queries.kinds is None
 
 
 def test_other_keys_of_an_entry_are_ignored(root):
   path = root / "captions" / "cap.shirt.train.json"
   write_json(path, [entry | {"colour": "red", "kind": 3} for entry in read_json(path)])
-  assert fashioniq.read_train(root, "shirt").triplets.kinds is None
+  assert fashioniq.read(root, "shirt").train.triplets.kinds is None
 
 
 @pytest.mark.parametrize("folder", ["resized_image/{}", "images/{}", "images"])
@@ -165,7 +167,7 @@ def test_every_layout_is_found(root, folder, extension):
     for path in (root / "old" / category).iterdir():
       path.rename(new / f"{path.stem}{extension}")
   for category in fashioniq.CATEGORIES:
-    (split,) = fashioniq.read_val(root, category)
+    (split,) = fashioniq.read(root, category, train=False).evals
     new = root / folder.format(category)
     assert split.image_paths == tuple(str(new / f"{i}{extension}") for i in split.image_ids)
 
@@ -182,7 +184,7 @@ def test_flat_images_are_shared_by_the_categories(root):
     root / "image_splits" / "split.shirt.train.json",
   ):
     path.write_text(path.read_text().replace("S000000001", "D000000001"))
-  split = fashioniq.read_train(root, "all")
+  split = fashioniq.read(root, "all").train
   assert len(set(split.image_paths)) == len(split.image_paths)
   assert ids_of(split.image_paths).count("D000000001") == 1
 
@@ -190,97 +192,28 @@ def test_flat_images_are_shared_by_the_categories(root):
 def test_jpg_is_taken_before_png_of_the_same_id(root):
   path = root / "resized_image" / "shirt" / "S000000001.jpg"
   Image.open(path).save(path.with_suffix(".png"))
-  assert str(path) in fashioniq.read_train(root, "shirt").image_paths
+  assert str(path) in fashioniq.read(root, "shirt").train.image_paths
 
 
 def test_root_may_end_in_a_slash():
-  plain = fashioniq.read_train(str(MINI), "dress")
-  slash = fashioniq.read_train(f"{MINI}/", "dress")
+  plain = fashioniq.read(str(MINI), "dress").train
+  slash = fashioniq.read(f"{MINI}/", "dress").train
   assert slash.image_paths == plain.image_paths
-
-
-def change_entry(**changes):
-  def change(path):
-    entries = read_json(path)
-    entries[1] |= changes
-    write_json(path, entries)
-
-  return change
-
-
-def drop_key(path):
-  entries = read_json(path)
-  del entries[1]["target"]
-  write_json(path, entries)
-
-
-CAPTIONS = "captions/cap.shirt.{}.json"
-SPLIT_LIST = "image_splits/split.shirt.{}.json"
-
-
-@pytest.mark.parametrize("split", ["train", "val"])
-@pytest.mark.parametrize(
-  ("file", "spoil", "error", "message"),
-  [
-    (CAPTIONS, os.remove, FileNotFoundError, "no such file"),
-    (SPLIT_LIST, os.remove, FileNotFoundError, "no such file"),
-    (CAPTIONS, lambda p: p.write_text('[{"target"'), ValueError, "not valid JSON"),
-    (SPLIT_LIST, lambda p: p.write_bytes(b'["\xff"]'), ValueError, "not valid JSON"),
-    (CAPTIONS, lambda p: p.write_text("{}"), ValueError, "expected a list of entries.*dict"),
-    (CAPTIONS, lambda p: p.write_text("[]"), ValueError, "list of entries, found an empty list"),
-    (CAPTIONS, lambda p: p.write_text("[7]"), ValueError, "keys candidate, target.*item 0 is 7"),
-    (CAPTIONS, drop_key, ValueError, r"item 1 has keys \['candidate', 'captions'\]"),
-    (CAPTIONS, change_entry(target=5), ValueError, r"\(string\) as target; item 1 has 5"),
-    (CAPTIONS, change_entry(captions=["a"]), ValueError, r"two strings.*item 1 has \['a'\]"),
-    (CAPTIONS, change_entry(captions=["a", None]), ValueError, "two strings.*item 1"),
-    (CAPTIONS, change_entry(captions="ab"), ValueError, "two strings.*item 1 has 'ab'"),
-    (CAPTIONS, change_entry(candidate="X"), ValueError, "candidate 'X' of item 1 is not in"),
-    (SPLIT_LIST, lambda p: p.write_text("[1]"), ValueError, "image ids .*item 0 is 1"),
-  ],
-)
-def test_broken_annotations_are_named(root, split, file, spoil, error, message):
-  path = root / file.format(split)
-  spoil(path)
-  read = fashioniq.read_train if split == "train" else fashioniq.read_val
-  with pytest.raises(error, match=message) as caught:
-    read(root, "shirt")
-  assert str(path) in str(caught.value)
-
-
-def test_missing_images_are_counted_and_the_first_ten_listed(root):
-  for path in (root / "resized_image").rglob("*.jpg"):
-    if path.stem[0] in "DS":
-      path.unlink()
-  with pytest.raises(FileNotFoundError) as caught:
-    fashioniq.read_train(root, "all")
-  message = str(caught.value)
-  assert message.startswith("12 images of the train split have no file: dress/D000000001, ")
-  assert "shirt/S000000002, ..." in message
-  assert "S000000003" not in message
-  assert str(root / "resized_image" / "shirt") in message
-
-
-def test_val_needs_every_image_of_its_gallery(root):
-  (root / "resized_image" / "dress" / "B00DRESS10.jpg").unlink()  # In no query.
-  with pytest.raises(FileNotFoundError, match=r"1 images of the val split.*dress/B00DRESS10;"):
-    fashioniq.read_val(root, "dress")
-
-
-def test_missing_image_folder_tells_which_were_tried(root):
-  shutil.rmtree(root / "resized_image")
-  with pytest.raises(FileNotFoundError) as caught:
-    fashioniq.read_train(root, "dress")
-  for folder in ("resized_image/dress/", "images/dress/", "images/"):
-    assert f"{root}/{folder}" in str(caught.value)
 
 
 def test_missing_root_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
-    fashioniq.read_train(tmp_path / "nowhere", "dress")
+    fashioniq.read(tmp_path / "nowhere", "dress")
 
 
-def test_unknown_category_and_caption_use_are_refused():
-  with pytest.raises(ValueError, match="category: expected one of .*got 'shoes'"):
-    fashioniq.read_train(MINI, "shoes")
-  with pytest.raises(ValueError, match="caption_use: expected one of .*got 'first'"):
-    fashioniq.read_val(MINI, "dress", "first")
+@pytest.mark.parametrize(
+  ("choice", "message"),
+  [
+    ({"category": "shoes"}, "category: expected one of .*got 'shoes'"),
+    ({"caption_use": "first"}, "caption_use: expected one of .*got 'first'"),
+    ({"on_missing": "ignore"}, "on_missing: expected one of .*got 'ignore'"),
+  ],
+)
+def test_unknown_choices_are_refused(choice, message):
+  with pytest.raises(ValueError, match=message):
+    fashioniq.read(MINI, **{"category": "dress", **choice})

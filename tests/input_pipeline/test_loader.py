@@ -32,7 +32,7 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def split():
   """Eleven triplets over the eight dresses of the tiny tree; texts tell them apart."""
-  dresses = fashioniq.read_train(MINI, "dress")
+  dresses = fashioniq.read(MINI, "dress").train
   n_images = len(dresses.image_paths)
   return dataclasses.replace(
     dresses,
@@ -230,7 +230,7 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
 ABANDON = """
 import sys
 from crn_jax.input_pipeline import fashioniq, loader, vocabulary
-split = fashioniq.read_train(sys.argv[1], "dress")
+split = fashioniq.read(sys.argv[1], "dress").train
 words = vocabulary.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(
   split, words, batch_size=4, image_size=12, resize=16, augmentation="none", seed=0,
@@ -302,7 +302,7 @@ def test_images_of_the_right_size_arrive_untouched(tmp_path, vocabulary):
 
 def test_reader_of_fashioniq_feeds_the_loader(vocabulary, tmp_path):
   root = shutil.copytree(MINI, tmp_path / "data")
-  train = fashioniq.read_train(root, "all", "both_orders")
+  train = fashioniq.read(root, "all", "both_orders").train
   batches = read(train, vocabulary, batch_size=13, num_steps=2)
   assert len(train.triplets) == 26
   assert [b["reference"].shape for b in batches] == [(13, 12, 12, 3)] * 2

@@ -1,0 +1,125 @@
+"""Holes of a data folder: what is wrong with it, in words and in counts.
+
+Readers collect `Problem`s instead of stopping at the first; `error_message` is what people see
+before training starts, `describe_skipped` what they see below every result when they went on
+without.
+"""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+FATAL = "fatal"
+ENTRIES_MALFORMED = "entries_malformed"
+ENTRIES_OUTSIDE_SPLIT = "entries_outside_split"
+IMAGES_UNREADABLE = "images_unreadable"
+IMAGES_MISSING = "images_missing"
+
+_LOOKED_FOR = " (ID.jpg, .jpeg or .png in resized_image/CATEGORY/, images/CATEGORY/ or images/)"
+
+# The sorts that can be skipped, in the order in which they are listed: singular, plural.
+SKIPPABLE = {
+  ENTRIES_MALFORMED: ("entry is malformed", "entries are malformed"),
+  ENTRIES_OUTSIDE_SPLIT: (
+    "entry names an image outside its split list",
+    "entries name an image outside their split list",
+  ),
+  IMAGES_UNREADABLE: ("image file cannot be read", "image files cannot be read"),
+  IMAGES_MISSING: (f"image has no file{_LOOKED_FOR}", f"images have no file{_LOOKED_FOR}"),
+}
+
+_MAX_LISTED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """One thing that is wrong.
+
+  Attributes:
+    sort: `FATAL` (nothing can go on without it) or a key of `SKIPPABLE`.
+    where: file below the root, with the item; for a missing image its category and id.
+    what: what is wrong with it; "" where the sort says it all.
+  """
+
+  sort: str
+  where: str
+  what: str = ""
+
+  def __str__(self) -> str:
+    return f"{self.where}: {self.what}" if self.what else self.where
+
+
+def count(problems: Sequence[Problem]) -> dict[str, int]:
+  """Number of different problems of each sort that can be skipped, zeros included."""
+  counts = collections.Counter(p.sort for p in dict.fromkeys(problems))
+  return {sort: counts[sort] for sort in SKIPPABLE}
+
+
+def error_message(root: str, problems: Sequence[Problem], skipped: dict) -> str:
+  """What is wrong and how to go on.
+
+  Args:
+    root: the data folder.
+    problems: at least one; each is told once. All fatal ones are listed, and the first ten of
+      each other sort.
+    skipped: what going on without would cost, as in `describe_skipped`.
+  """
+  by_sort = collections.defaultdict(list)
+  for problem in dict.fromkeys(problems):
+    by_sort[problem.sort].append(problem)
+  lines = [f"{root}: this data folder has holes.", ""]
+  fatal = by_sort[FATAL]
+  if fatal:
+    lines.append("These must be mended, they cannot be skipped:")
+    lines += [f"  {p}" for p in fatal]
+  for sort, (singular, plural) in SKIPPABLE.items():
+    found = by_sort[sort]
+    if not found:
+      continue
+    reasons = collections.Counter(p.what.partition(":")[0] for p in found)
+    reasons = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
+    lines.append(
+      f"{len(found):,} {singular if len(found) == 1 else plural}"
+      + (f" ({reasons}):" if sort == IMAGES_UNREADABLE else ":")
+    )
+    lines += [f"  {p}" for p in found[:_MAX_LISTED]]
+    if len(found) > _MAX_LISTED:
+      lines.append(f"  ... and {len(found) - _MAX_LISTED:,} more")
+  lines.append("")
+  if fatal:
+    lines.append("Fetch those files again; docs/data.md says from where and what is expected.")
+    if len(by_sort) > 1:
+      lines.append("The other holes can then be left out with --config.data.on_missing=skip.")
+  else:
+    lines.append("Fetch these files again (docs/data.md says what is expected), or go on without")
+    lines.append("what they affect by --config.data.on_missing=skip:")
+    lines += [f"  {line}" for line in describe_skipped(skipped).splitlines()]
+  return "\n".join(lines)
+
+
+def describe_skipped(skipped: dict) -> str:
+  """What was left out, in one or two lines for people; "" if nothing was.
+
+  Args:
+    skipped: as in `Dataset`.
+  """
+  lines = []
+  if skipped.get("train", {}).get("triplets"):
+    lines.append(f"skipped in train: {_of(skipped['train'], 'triplets')} triplets")
+  parts = []
+  for category, counts in skipped.get("val", {}).items():
+    lost = [f"{_of(counts, 'queries')} queries"] if counts["queries"] else []
+    lost += [
+      f"{_of(counts, gallery)} {gallery} images"
+      for gallery in ("val_split", "original_split")
+      if counts[gallery]
+    ]
+    if lost:
+      parts.append(f"{category} {', '.join(lost)}")
+  if parts:
+    lines.append(f"skipped in val: {'; '.join(parts)}")
+  return "\n".join(lines)
+
+
+def _of(counts: dict, key: str) -> str:
+  return f"{counts[key]:,} of {counts[f'of_{key}']:,}"
