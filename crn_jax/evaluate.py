@@ -5,9 +5,6 @@ list of the category (CLIP4Cir and the challenge); the same model scores higher 
 """
 
 import dataclasses
-import json
-import os
-import pathlib
 from collections.abc import Sequence
 
 import ml_collections
@@ -15,6 +12,7 @@ import numpy as np
 
 from crn_jax import ranking
 from crn_jax.encode import Encoded, Encoder
+from crn_jax.input_pipeline import holes
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
@@ -75,6 +73,8 @@ def evaluate(
     results["categories"] = {s.name: summarize([s], ranks, config) for s in dataset.evals}
   if dataset.ceilings:
     results["ceilings"] = dataset.ceilings
+  if dataset.skipped:
+    results["skipped"] = dataset.skipped
   return Evaluation(results, encoded, ranks)
 
 
@@ -245,15 +245,9 @@ def format_table(results: dict) -> str:
   if "ceilings" in results:
     ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
     lines.append(f"best possible R@10 of half a query on this synthetic set: {ceilings}")
+  if "skipped" in results:
+    lines.append(holes.describe_skipped(results["skipped"]))
   return "\n".join(lines)
-
-
-def write_results(results: dict, path: str | os.PathLike) -> None:
-  """Writes eval.json; the file appears complete or not at all."""
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(results, indent=2) + "\n")
-  os.replace(partial, path)
 
 
 def breakdown_protocol(config: ml_collections.ConfigDict) -> str:

@@ -6,7 +6,7 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from crn_jax import evaluate, pictures, ranking
+from crn_jax import evaluate, pictures, ranking, run
 from crn_jax.encode import Encoded
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline.dataset import EvalSplit
@@ -30,7 +30,7 @@ def write(
   workdir = pathlib.Path(workdir)
   results = evaluation.results
   written = [workdir / "eval.json"]
-  evaluate.write_results(results, written[0])
+  run.write_json(results, written[0])
   protocol = results["breakdown_protocol"]
   for split in dataset.evals:
     path = workdir / "pictures" / f"retrieval_{split.name}.png"

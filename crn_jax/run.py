@@ -1,10 +1,12 @@
-"""What a work directory says about itself: the configuration it was made with."""
+"""What a work directory says about itself: the configuration and the data it was made with."""
 
 import json
 import os
 import pathlib
 
 import ml_collections
+
+from crn_jax.input_pipeline.datasets import Dataset
 
 # Fields that do not change what a step computes, and so may differ when a run is continued.
 FREE_FIELDS = (
@@ -14,6 +16,7 @@ FREE_FIELDS = (
   "parallel.mode",
   "data.root",
   "data.cache_images",
+  "data.on_missing",  # If other triplets remain, `check_data` refuses to continue.
 )
 
 
@@ -24,10 +27,36 @@ def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
-  """Writes config.json; the file appears complete or not at all."""
-  path = pathlib.Path(workdir) / "config.json"
+  """Writes config.json."""
+  write_json(_as_json(config), pathlib.Path(workdir) / "config.json")
+
+
+def save_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
+  """Writes data.json: what `check_data` and `known_digest` need."""
+  facts = {"fingerprint": dataset.fingerprint, "image_digest": dataset.image_digest}
+  write_json(facts, pathlib.Path(workdir) / "data.json")
+
+
+def known_digest(workdir: str | os.PathLike) -> str | None:
+  """Digest of the images that this run has found readable, or None; see `open_dataset`."""
+  return _saved_data(workdir).get("image_digest")
+
+
+def check_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
+  """Raises ValueError if a run was begun with other training triplets than these."""
+  saved = _saved_data(workdir).get("fingerprint", dataset.fingerprint)
+  if saved != dataset.fingerprint:
+    raise ValueError(
+      f"{workdir}: the training triplets are not those that this run was begun with, so it cannot "
+      f"be continued exactly. Restore the data (were images skipped, or fetched since?), or choose "
+      f"another --workdir"
+    )
+
+
+def write_json(content: dict, path: pathlib.Path) -> None:
+  """Writes a file that appears complete or not at all."""
   partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(_as_json(config), indent=2) + "\n")
+  partial.write_text(json.dumps(content, indent=2) + "\n")
   os.replace(partial, path)
 
 
@@ -47,12 +76,7 @@ def check_config(
   path = pathlib.Path(workdir) / "config.json"
   if not path.exists():
     return
-  try:
-    saved = _flatten(json.loads(path.read_text()))
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}: not valid JSON ({error}); restore it or choose another --workdir"
-    ) from error
+  saved = _flatten(_read_json(path))
   wanted = _flatten(_as_json(config))
   differences = [
     f"{name}: {saved.get(name, 'absent')!r} in the run, {wanted.get(name, 'absent')!r} now"
@@ -67,6 +91,20 @@ def check_config(
       + "\nChoose another --workdir, or change these fields back to continue that run. "
       + f"Only these may change: {', '.join(free)}."
     )
+
+
+def _saved_data(workdir: str | os.PathLike) -> dict:
+  path = pathlib.Path(workdir) / "data.json"
+  return _read_json(path) if path.exists() else {}
+
+
+def _read_json(path: pathlib.Path) -> dict:
+  try:
+    return json.loads(path.read_text())
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path}: not valid JSON ({error}); restore it or choose another --workdir"
+    ) from error
 
 
 def _as_json(config: ml_collections.ConfigDict) -> dict:

@@ -9,8 +9,8 @@ import ml_collections
 
 from crn_jax import checkpoint, evaluate, logs, optimizer, report, run, weights
 from crn_jax.encode import Encoder
-from crn_jax.input_pipeline import loader
-from crn_jax.input_pipeline.datasets import Dataset, open_dataset
+from crn_jax.input_pipeline import holes, loader
+from crn_jax.input_pipeline.datasets import open_dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 from crn_jax.interrupt import Interrupted, Interruption
 from crn_jax.models import crn
@@ -38,8 +38,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   parallel = DataParallel.create(config.parallel.mode)
   parallel.check_batch_size(config.batch_size, "batch_size")
   run.check_config(config, workdir, run.free_fields(config))
-  dataset = open_dataset(config.data, train=True)
-  vocabulary = _vocabulary(config, workdir, dataset)
+  dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
+  run.check_data(dataset, workdir)
+  vocabulary = Vocabulary.build(
+    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+  )
   plan = Plan.create(config, len(dataset.train.triplets))
   model = crn.build(config.model, len(vocabulary), AXIS)
   tx = optimizer.create(config, plan.steps_per_epoch, plan.total_steps)
@@ -54,8 +57,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
     f"{parallel.mode} on {len(parallel.devices)} x {parallel.devices[0].device_kind}\n"
     f"work directory {workdir}"
   )
+  if dataset.skipped:
+    print(holes.describe_skipped(dataset.skipped))
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
+  run.save_data(dataset, workdir)
   vocabulary.save(workdir / "vocab.json")
   train_step = parallel.map(
     make_train_step(model, tx, config, AXIS), (REPLICATED, REPLICATED), donate_first=True
@@ -174,7 +180,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"{workdir / name}: not found, so {workdir} holds no trained run. Name the folder of a run "
         f"with --workdir, or train one with --mode=train"
       )
-  run.check_config(config, workdir, free=(*run.FREE_FIELDS, "eval", "data.on_missing"))
+  run.check_config(config, workdir, free=(*run.FREE_FIELDS, "eval"))
   parallel = DataParallel.create(config.parallel.mode)
   vocabulary = Vocabulary.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
@@ -200,7 +206,8 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         state = parallel.replicate(checkpoints.restore(step, jax.eval_shape(like)))
         evaluations[name] = _evaluate(encoder, state, dataset, vocabulary, step, name)
   evaluation = evaluations.pop(which)
-  evaluation.results["beside"] = [other.results for other in evaluations.values()]
+  if evaluations:
+    evaluation.results["beside"] = [other.results for other in evaluations.values()]
   return _conclude(config, workdir, dataset, evaluation)
 
 
@@ -232,15 +239,6 @@ def _train_batches(config, dataset, vocabulary, parallel, start: int, total_step
     cache_images=data.cache_images,
   )
   return loader.prefetch_to_device(batches, parallel.shard)
-
-
-def _vocabulary(config, workdir: pathlib.Path, dataset: Dataset) -> Vocabulary:
-  """The run's vocabulary: saved by its start, or built from the training captions."""
-  if (workdir / "vocab.json").exists():
-    return Vocabulary.load(workdir / "vocab.json")
-  return Vocabulary.build(
-    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
-  )
 
 
 def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last"):

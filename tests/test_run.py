@@ -1,7 +1,10 @@
+import json
+
 import pytest
 
 from configs import default
 from crn_jax import run
+from crn_jax.input_pipeline.datasets import Dataset
 
 
 def check(config, workdir):
@@ -46,3 +49,22 @@ def test_damaged_configuration_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json: not valid JSON"):
     check(default.get_config(), tmp_path)
+
+
+def dataset(fingerprint):
+  return Dataset("x", None, (), image_digest="images", fingerprint=fingerprint)
+
+
+def test_other_training_data_are_refused(tmp_path):
+  run.check_data(dataset("a"), tmp_path)
+  run.save_data(dataset("a"), tmp_path)
+  run.check_data(dataset("a"), tmp_path)
+  assert run.known_digest(tmp_path) == "images"
+  with pytest.raises(ValueError, match="not those that this run was begun with"):
+    run.check_data(dataset("b"), tmp_path)
+
+
+def test_a_file_is_written_whole(tmp_path):
+  run.write_json({"a": 1}, tmp_path / "eval.json")
+  assert json.loads((tmp_path / "eval.json").read_text()) == {"a": 1}
+  assert [p.name for p in tmp_path.iterdir()] == ["eval.json"]

@@ -140,7 +140,8 @@ def test_the_best_checkpoint_is_reported_beside_the_last(finished, root, tmp_pat
     train.evaluate_run(tiny.config(root), copy, which)
     results = json.loads((copy / "eval.json").read_text())
     assert results["selection"] == which
-    steps = {results["checkpoint_step"], *(r["checkpoint_step"] for r in results["beside"])}
+    beside = results.get("beside", [])
+    steps = {results["checkpoint_step"], *(r["checkpoint_step"] for r in beside)}
     with checkpoint.Checkpoints(copy / "checkpoints") as checkpoints:
       assert steps == {checkpoints.best_step(), 4}
 
