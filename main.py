@@ -38,7 +38,7 @@ def main(argv):
     command = shlex.join(["python", *sys.argv])
     print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
     raise SystemExit(128 + stop.signal) from None
-  except (ValueError, FileNotFoundError, FileExistsError, FloatingPointError) as error:
+  except (ValueError, OSError, FloatingPointError) as error:
     # What the user can mend is said in the message; a traceback would bury it.
     raise SystemExit(f"error: {error}") from error
 

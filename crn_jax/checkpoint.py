@@ -84,6 +84,11 @@ class Checkpoints:
     """
     self.wait()
     step = int(state.step)
+    free, needed = shutil.disk_usage(self._folder).free, size_in_bytes(state)
+    if free < needed:
+      # Not even tried: Orbax would fill the disk for others and print a traceback an array.
+      self._tell_not_written(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+      return
     order = {_METRIC: metric, _ORDER: -step}
     self._attempt(
       step,
@@ -96,6 +101,17 @@ class Checkpoints:
     )
     self._writing = step
 
+  def check_space(self, state: TrainState) -> None:
+    """Warns if the disk cannot hold what a run keeps: three checkpoints, and one being written."""
+    free, needed = shutil.disk_usage(self._folder).free, 4 * size_in_bytes(state)
+    if not self.steps() and free < needed:
+      logging.warning(
+        "%s: checkpoints will need %.3g GB, %.3g GB are free",
+        self._folder,
+        needed / 1e9,
+        free / 1e9,
+      )
+
   def poll(self) -> None:
     """Tells of a failure to write, if one has shown by now."""
     if not self._manager.is_saving_in_progress():
@@ -106,6 +122,16 @@ class Checkpoints:
     if self._writing is not None:
       step, self._writing = self._writing, None
       self._attempt(step, self._manager.wait_until_finished)
+
+  def require(self, step: int) -> None:
+    """Waits, and raises OSError if the checkpoint of a step is not there: nothing may rely on it."""
+    self.wait()
+    if step not in self.steps():
+      last = f"continues from step {self.steps()[-1]}" if self.steps() else "starts anew"
+      raise OSError(
+        f"{self._folder}: the checkpoint at step {step} could not be written; free disk space, then "
+        f"the same command {last}"
+      )
 
   def restore(self, step: int, like: TrainState) -> TrainState:
     """Reads the state of a step.
@@ -163,9 +189,11 @@ class Checkpoints:
       self._manager.reload()
       for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial, ignore_errors=True)  # It fills the disk.
-      kept = f"the one at step {self.steps()[-1]} is kept" if self.steps() else "there is none yet"
-      reason = str(error).splitlines()[0]
-      logging.warning("checkpoint at step %d was not written (%s); %s", step, reason, kept)
+      self._tell_not_written(step, str(error).splitlines()[0][:200])
+
+  def _tell_not_written(self, step: int, reason: str) -> None:
+    kept = f"the one at step {self.steps()[-1]} is kept" if self.steps() else "there is none yet"
+    logging.warning("checkpoint at step %d was not written (%s); %s", step, reason, kept)
 
   def _metadata(self, step: int) -> dict:
     return self._manager.metadata(step).custom_metadata or {}
@@ -186,6 +214,11 @@ class Checkpoints:
       except ValueError:
         aside = self._set_aside(int(path.parts[-3]))
         logging.warning("%s: damaged checkpoint; moved to %s", path, aside)
+
+
+def size_in_bytes(state: TrainState) -> int:
+  """Bytes of all arrays of a state: what a checkpoint of it takes, or a little more."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
 def checksum(state: TrainState) -> str:

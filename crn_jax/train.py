@@ -32,6 +32,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   Raises:
     ValueError, FileNotFoundError: on a bad configuration or bad data, before the first step.
     FloatingPointError: if a loss is not finite.
+    OSError: if the last checkpoint could not be written.
     Interrupted: after SIGINT or SIGTERM, with the state saved.
   """
   workdir = pathlib.Path(workdir)
@@ -74,6 +75,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
     if (restored := checkpoints.restore_last(state)) is not None:
       state = restored
       print(f"continuing from the checkpoint at step {int(state.step)}")
+    checkpoints.check_space(state)
     start = int(state.step)
     state = parallel.replicate(state)
     if start == plan.total_steps:  # The run was complete already.
@@ -84,7 +86,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
         config, plan, workdir, state, start, batches, train_step, evaluate_state, checkpoints,
         parallel,
       )  # fmt: skip
-    checkpoints.wait()
+    checkpoints.require(plan.total_steps)
     best = checkpoints.best_step()
     if best not in (None, plan.total_steps):
       evaluation.results["beside"] = [checkpoints.results(best) | {"selection": "best"}]
@@ -153,7 +155,7 @@ def _run_steps(
       if plan.saves(step) or signal:
         checkpoints.save(parallel.fetch(state), metric, results)
       if signal and step < plan.total_steps:
-        checkpoints.wait()
+        checkpoints.require(step)
         raise Interrupted(step, signal)
   return evaluation
 

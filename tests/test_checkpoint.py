@@ -2,6 +2,7 @@
 
 import contextlib
 import resource
+import shutil
 import signal
 
 import jax
@@ -125,7 +126,7 @@ def test_a_run_never_starts_anew_because_all_checkpoints_are_damaged(tmp_path):
     checkpoints.restore_last(state(0))
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, caplog):
+def test_a_failed_write_keeps_the_checkpoint_before_and_says_so(tmp_path, caplog):
   with Checkpoints(tmp_path) as checkpoints:
     checkpoints.save(state(1))
     checkpoints.wait()
@@ -141,6 +142,36 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_says_so(tmp_path, caplog):
   with Checkpoints(tmp_path) as checkpoints:
     assert checkpoints.steps() == [1, 3]
     jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_last(state(0)), state(3))
+
+
+def with_free_bytes(monkeypatch, free: int):
+  usage = shutil.disk_usage("/")
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+
+def test_a_full_disk_is_not_written_to(tmp_path, caplog, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    checkpoints.wait()
+    with_free_bytes(monkeypatch, 15_000)
+    checkpoints.save(state(2))
+    assert "step 2 was not written (needs 2e-05 GB, 1.5e-05 GB are free)" in caplog.text
+    assert "the one at step 1 is kept" in caplog.text
+    with pytest.raises(OSError, match="the same command continues from step 1"):
+      checkpoints.require(2)
+    monkeypatch.undo()
+    checkpoints.save(state(3))
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_a_small_disk_is_told_of_before_the_first_step(tmp_path, caplog, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.check_space(state(0))
+    assert "GB are free" not in caplog.text
+    with_free_bytes(monkeypatch, 50_000)
+    checkpoints.check_space(state(0))
+    assert "checkpoints will need 8e-05 GB, 5e-05 GB are free" in caplog.text
 
 
 def test_a_failure_shows_before_the_next_checkpoint(tmp_path, caplog):
