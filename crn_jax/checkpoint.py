@@ -124,13 +124,13 @@ class Checkpoints:
       self._attempt(step, self._manager.wait_until_finished)
 
   def require(self, step: int) -> None:
-    """Waits, and raises OSError if the checkpoint of a step is not there: nothing may rely on it."""
+    """Waits, and raises OSError if the checkpoint of a step is not there."""
     self.wait()
     if step not in self.steps():
       last = f"continues from step {self.steps()[-1]}" if self.steps() else "starts anew"
       raise OSError(
-        f"{self._folder}: the checkpoint at step {step} could not be written; free disk space, then "
-        f"the same command {last}"
+        f"{self._folder}: the checkpoint at step {step} could not be written; free disk space, "
+        f"then the same command {last}"
       )
 
   def restore(self, step: int, like: TrainState) -> TrainState:
