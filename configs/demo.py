@@ -35,8 +35,13 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   model.feature_dim = 128
   model.word_dim = 64
 
+  # Two thirds of the alternating update's work for the same recall here (70.8 against 71.2).
+  config.update_mode = "simultaneous"
+  # Small: from scratch the two branches have little to teach each other at first. R@10 after six
+  # epochs: 82.8 with these, 80.9 with a tenth of them, 74.5 with mutual_kl = 1, 70.8 with all 1.
+  config.loss.update(cross_branch=0.1, mutual_kl=0.1, perceptual=0.1)
   if config.loss.auxiliary:
-    # Small: trained from scratch, gradients through the zero image can drown the others.
+    # Trained from scratch, gradients through the zero image can drown the others.
     config.loss.auxiliary = 0.1
 
   optimizer = config.optimizer
