@@ -92,7 +92,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
           progress.write(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
   if evaluation is None:  # The run was complete already.
     evaluation = _evaluate(encoder, state, dataset, vocabulary, start)
-  return _conclude(config, workdir, dataset, evaluation)
+  return _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -136,8 +136,9 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"evaluation of the training"
       )
     state = checkpoints.restore(step, jax.eval_shape(like))
-  evaluation = _evaluate(encoder, parallel.replicate(state), dataset, vocabulary, step, which)
-  return _conclude(config, workdir, dataset, evaluation)
+  state = parallel.replicate(state)
+  evaluation = _evaluate(encoder, state, dataset, vocabulary, step, which)
+  return _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
 
 
 def check_finite(metrics: dict[str, float], step: int) -> None:
@@ -185,7 +186,8 @@ def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last
   return evaluate.evaluate(encoder, variables, dataset, vocabulary, step, which)
 
 
-def _conclude(config, workdir, dataset, evaluation: evaluate.Evaluation) -> str:
-  written = report.write(config, workdir, dataset, evaluation)
+def _conclude(encoder, state, vocabulary, workdir, dataset, evaluation) -> str:
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  written = report.write(encoder, variables, vocabulary, workdir, dataset, evaluation)
   table = evaluate.format_table(evaluation.results)
   return "\n".join([table, "", "written:", *(f"  {p}" for p in written)])
