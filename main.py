@@ -1,4 +1,4 @@
-"""Trains or evaluates CRN: python main.py --config=configs/demo.py."""
+"""Trains, evaluates or compares CRN: python main.py --config=configs/demo.py."""
 
 import os
 import shlex
@@ -10,14 +10,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax import train
+from crn_jax import compare, train
 from crn_jax.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval"], "What to do.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default runs/<config.name>.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare"], "What to do.")
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
+)
+_WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of the runs that --mode=compare compares.")
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
 )
@@ -27,13 +30,18 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; options are written --name=value")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
-  config = _CONFIG.value
-  workdir = _WORKDIR.value or os.path.join("runs", config.name)
+  config, mode = _CONFIG.value, _MODE.value
+  if mode != "compare" and config is None:
+    raise app.UsageError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py")
+  default = "compare" if mode == "compare" else config.name
+  workdir = _WORKDIR.value or os.path.join("runs", default)
   try:
-    if _MODE.value == "train":
+    if mode == "train":
       print(train.train(config, workdir))
-    else:
+    elif mode == "eval":
       print(train.evaluate_run(config, workdir, _CHECKPOINT.value))
+    else:
+      print(compare.compare(_WORKDIRS.value, workdir))
   except Interrupted as stop:
     command = shlex.join(["python", *sys.argv])
     print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
@@ -44,5 +52,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
   app.run(main)

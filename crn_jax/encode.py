@@ -5,7 +5,7 @@ after the batch of images that holds their references, and no map outlives its b
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Encoder:
     zero_maps: variables -> maps of the zero image.
     encode_images: (variables, pictures) -> (maps, joined vectors).
     compose: ((variables, zero maps), maps, rows, tokens, mask) -> joined vectors of composed and
-      text-only queries.
+      text-only queries, and the attention of the composed ones by branch.
   """
 
   parallel: DataParallel
@@ -83,22 +83,23 @@ class Encoder:
 
     def compose(constants, maps, rows, tokens, mask):
       variables, zero = constants
-      composed, text_only = {}, {}
+      composed, text_only, attention = {}, {}, {}
       for n in BRANCHES:
         words = apply(variables, n, Branch.encode_text, tokens, mask)
         all_maps = jax.lax.all_gather(maps[n], AXIS, tiled=True)
         references = jnp.take(all_maps, rows, axis=0)
         query = apply(variables, n, Branch.compose, references, *words, train=False)
         composed[n] = query.vector
+        attention[n] = jax.lax.all_gather(query.attention, AXIS, tiled=True)
         text_only[n] = apply(variables, n, Branch.compose_zero_image, zero[n], *words, train=False)
-      return gathered(composed), gathered(text_only)
+      return gathered(composed), gathered(text_only), attention
 
     return cls(
       parallel,
       config,
       parallel.map(zero_maps, REPLICATED),
       parallel.map(encode_images, (SHARDED, REPLICATED)),
-      parallel.map(compose, (REPLICATED, REPLICATED)),
+      parallel.map(compose, (REPLICATED, REPLICATED, REPLICATED)),
     )
 
   def encode(self, variables, split: EvalSplit, vocabulary: Vocabulary) -> Encoded:
@@ -109,11 +110,7 @@ class Encoder:
       split: images and queries.
       vocabulary: of the run.
     """
-    data, batch = self.config.data, self.config.eval.batch_size
-    process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-    pictures = loader.eval_image_batches(
-      split.image_paths, batch_size=batch, image_size=data.image_size, resize=data.resize, **process
-    )
+    batch = self.config.eval.batch_size
     tokens, mask = vocabulary.encode_all(split.queries.texts)
     constants = (variables, self.zero_maps(variables))
     vectors = []
@@ -122,19 +119,66 @@ class Encoder:
     progress = tqdm.tqdm(
       total=len(split.image_paths), desc=f"encode {split.name}", unit="image", leave=False
     )
-    for i, placed in enumerate(loader.prefetch_to_device(pictures, self.parallel.shard)):
+    for i, placed in enumerate(self._pictures(split.image_paths)):
       maps, image_vectors = self.encode_images(variables, placed)
       vectors.append(self.parallel.fetch(image_vectors))
       due = np.flatnonzero(split.queries.reference // batch == i)
       for start in range(0, len(due), batch):
         queries = due[start : start + batch]
-        # Padded by repetition to the one compiled shape.
-        padded = np.resize(queries, batch)
-        local = np.split(padded, process["process_count"])[process["process_index"]]
-        rows = (split.queries.reference[local] % batch).astype(np.int32)
-        args = self.parallel.shard((rows, tokens[local], mask[local]))
-        out = self.parallel.fetch(self.compose(constants, maps, *args))
+        rows = split.queries.reference[queries] % batch
+        out = self._compose(constants, maps, rows, tokens[queries], mask[queries])
+        out = self.parallel.fetch(out[:2])
         composed[queries], text_only[queries] = (x[: len(queries)] for x in out)
       progress.update(min(batch, len(split.image_paths) - i * batch))
     progress.close()
     return Encoded(np.concatenate(vectors)[: len(split.image_paths)], composed, text_only)
+
+  def attention(
+    self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Vocabulary
+  ) -> dict[str, np.ndarray]:
+    """Attention of chosen queries, by the programs of `encode`: nothing more is compiled.
+
+    Args:
+      variables: {'params', 'batch_stats'}, placed by `parallel.replicate`.
+      split: images and queries.
+      queries: rows of `split.queries`, one or more.
+      vocabulary: of the run.
+
+    Returns:
+      branch -> [n, words, h, w] float32; sums to 1 over words (local) or positions (global).
+    """
+    batch = self.config.eval.batch_size
+    queries = np.asarray(queries)
+    encoded = [vocabulary.encode(split.queries.texts[q]) for q in queries]
+    tokens, mask = (np.stack(part) for part in zip(*encoded, strict=True))
+    references = [split.image_paths[r] for r in split.queries.reference[queries]]
+    constants = (variables, self.zero_maps(variables))
+    found = []
+    for i, placed in enumerate(self._pictures(references)):
+      maps, _ = self.encode_images(variables, placed)
+      due = slice(i * batch, (i + 1) * batch)
+      rows = np.arange(len(queries[due]))
+      out = self._compose(constants, maps, rows, tokens[due], mask[due])
+      found.append({n: a[: len(rows)] for n, a in self.parallel.fetch(out[2]).items()})
+    return {n: np.concatenate([f[n] for f in found]) for n in BRANCHES}
+
+  def _pictures(self, paths: Sequence[str]) -> Iterator:
+    """Batches of the images, placed on the devices; the last one is filled up."""
+    data = self.config.data
+    batches = loader.eval_image_batches(
+      paths,
+      batch_size=self.config.eval.batch_size,
+      image_size=data.image_size,
+      resize=data.resize,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    return loader.prefetch_to_device(batches, self.parallel.shard)
+
+  def _compose(self, constants, maps, rows, tokens, mask):
+    """Composes up to a batch of queries whose references are `rows` of a batch of maps."""
+    # Padded by repetition to the one compiled shape.
+    padded = np.resize(np.arange(len(rows)), self.config.eval.batch_size)
+    local = np.split(padded, jax.process_count())[jax.process_index()]
+    args = (rows[local].astype(np.int32), tokens[local], mask[local])
+    return self.compose(constants, maps, *self.parallel.shard(args))

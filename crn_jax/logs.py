@@ -5,11 +5,15 @@ import os
 import pathlib
 import resource
 import sys
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 from absl import logging
 from clu import metric_writers
+from PIL import Image
+
+from crn_jax import files, history
 
 
 class Log:
@@ -21,7 +25,7 @@ class Log:
 
   def __init__(self, workdir: str | os.PathLike, start_step: int):
     """Opens both; records beyond `start_step`, of steps that will be done again, are removed."""
-    self._path = pathlib.Path(workdir) / "metrics.jsonl"
+    self._path = pathlib.Path(workdir) / history.NAME
     drop_records_after(self._path, start_step)
     self._writer = metric_writers.SummaryWriter(str(workdir))
 
@@ -38,10 +42,12 @@ class Log:
     self._attempt(lambda: self._writer.write_scalars(step, values))
     self._attempt(self._writer.flush)
 
-  def images(self, step: int, images: dict[str, np.ndarray]) -> None:
-    """Shows pictures, name -> [height, width, 3] uint8, in TensorBoard."""
-    batches = {name: image[None] for name, image in images.items()}
-    self._attempt(lambda: self._writer.write_images(step, batches))
+  def pictures(self, step: int, paths: Iterable[pathlib.Path]) -> None:
+    """Shows picture files in TensorBoard."""
+    for path in paths:
+      with Image.open(path) as picture:
+        batch = {f"pictures/{path.stem}": np.asarray(picture.convert("RGB"))[None]}
+      self._attempt(lambda batch=batch: self._writer.write_images(step, batch))
 
   def _attempt(self, write) -> None:
     # TensorFlow's errors are no OSErrors, and importing TensorFlow for their names costs seconds.
@@ -72,28 +78,12 @@ def append_line(path: pathlib.Path, line: str) -> None:
       raise
 
 
-def read_records(path: str | os.PathLike) -> list[dict]:
-  """Records of a metrics.jsonl; none if there is no file. Incomplete lines are left out."""
-  path = pathlib.Path(path)
-  if not path.exists():
-    return []
-  records = []
-  for line in path.read_text().splitlines():
-    try:
-      records.append(json.loads(line))
-    except json.JSONDecodeError:
-      continue  # The process was killed while it wrote.
-  return records
-
-
 def drop_records_after(path: pathlib.Path, step: int) -> None:
   """Removes the records of later steps, and incomplete lines; atomically."""
-  kept = [record for record in read_records(path) if record["step"] <= step]
-  if not path.exists():
-    return
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
-  os.replace(partial, path)
+  if path.exists():
+    kept = [record for record in history.read_records(path) if record["step"] <= step]
+    with files.replacing(path) as partial:
+      partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
 
 
 def peak_memory_gib() -> float:

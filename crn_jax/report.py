@@ -1,77 +1,192 @@
-"""What a run shows at its end: eval.json and pictures."""
+"""What a run shows at its end: eval.json, pictures and report.html."""
 
+import dataclasses
+import json
 import os
 import pathlib
 
 import ml_collections
 import numpy as np
 
-from crn_jax import evaluate, pictures, ranking, run
-from crn_jax.encode import Encoded
+from crn_jax import cases, evaluate, history, page, ranking, run
+from crn_jax.encode import Encoder
 from crn_jax.evaluate import Evaluation
+from crn_jax.input_pipeline import holes
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
+from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.pictures import attention, curves, grid
 
-_ROWS = 8
-_TOP = 10
+_ROWS = 8  # Queries of a retrieval grid.
+_ATTENDED = 2  # Queries of a picture of attention: so many found and as many missed.
+_CUT_OFFS = 50  # The recall curve reaches at least to here, if the gallery does.
+_DRAWS = 2000  # Resamples of each interval of the recall curve.
+_PATTERNS = ("retrieval_*.png", "attention_*.png", "recall_curve.png", "loss_curves.png")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Section:
+  """A section of pictures of the page."""
+
+  title: str
+  figures: tuple[page.Figure, ...]
+  note: str = ""
 
 
 def write(
-  config: ml_collections.ConfigDict,
+  encoder: Encoder,
+  variables,
+  vocabulary: Vocabulary,
   workdir: str | os.PathLike,
   dataset: Dataset,
   evaluation: Evaluation,
 ) -> list[pathlib.Path]:
-  """Writes eval.json and a retrieval grid a split.
+  """Writes eval.json, the pictures and report.html, and removes pictures of an earlier evaluation.
+
+  Args:
+    encoder: compiled encoders; its configuration is the run's.
+    variables: those evaluated, placed by the encoder's `parallel.replicate`.
+    vocabulary: of the run.
+    workdir: of the run; metrics.jsonl is read from there.
+    dataset: what was evaluated on.
+    evaluation: what was found.
 
   Returns:
     The paths written.
   """
-  workdir = pathlib.Path(workdir)
-  results = evaluation.results
-  written = [workdir / "eval.json"]
-  run.write_json(results, written[0])
-  protocol = results["breakdown_protocol"]
+  config, workdir, results = encoder.config, pathlib.Path(workdir), evaluation.results
+  folder = workdir / "pictures"
+  run.write_json(results, workdir / "eval.json")
+  sections = [_curves(config, workdir, dataset, evaluation)]
   for split in dataset.evals:
-    path = workdir / "pictures" / f"retrieval_{split.name}.png"
-    title = (
-      f"{config.data.dataset}/{split.name}: {protocol}, gallery {len(split.galleries[protocol])}, "
-      f"reference {'excluded' if config.eval.exclude_reference else 'kept'}, "
-      f"{evaluate.describe_selection(results)}"
-    )
-    rows = grid_rows(evaluation.encoded[split.name], split, protocol, config)
-    pictures.retrieval_grid(rows, path, title=title)
-    written.append(path)
-  return written
+    figures = _grids(config, folder, split, evaluation)
+    figures.append(_attention(encoder, variables, vocabulary, folder, split, evaluation))
+    sections.append(_Section(f"Queries: {split.name}", tuple(figures)))
+  fields = page.flat(json.loads(config.to_json_best_effort()))
+  page.write(
+    "report.html",
+    workdir / "report.html",
+    title=f"{config.name}: composed image retrieval on {results['dataset']}",
+    summary=page.describe(results),
+    tables=page.result_tables(results),
+    notes=_notes(results),
+    sections=sections,
+    config=fields,
+    preset=config.preset,
+  )
+  drawn = [figure.path for section in sections for figure in section.figures]
+  for pattern in _PATTERNS:
+    for path in set(folder.glob(pattern)) - set(drawn):
+      path.unlink()
+  return [workdir / "eval.json", workdir / "report.html", *drawn]
 
 
-def grid_rows(
-  encoded: Encoded, split: EvalSplit, protocol: str, config: ml_collections.ConfigDict
-) -> list[pictures.GridRow]:
-  """Rows for queries evenly spread over the split, so that the picture does not flatter."""
-  gallery = split.galleries[protocol]
-  n = len(split.queries)
-  chosen = np.unique(np.linspace(0, n - 1, min(_ROWS, n)).astype(int))
-  queries = encoded.composed[chosen]
-  n_images = len(split.image_paths)
-  target = evaluate.gallery_positions(gallery, split.queries.target, n_images)[chosen]
-  exclude = evaluate.excluded_positions(split, protocol, config)[chosen]
-  vectors = encoded.images[gallery]
-  ranks = ranking.target_ranks(queries, vectors, target, exclude)
-  top, scores = ranking.top_k(queries, vectors, _TOP, exclude)
-  rows = []
-  for i, query in enumerate(chosen):
-    at = np.flatnonzero(top[i] == target[i])
-    rows.append(
-      pictures.GridRow(
-        reference=split.image_paths[split.queries.reference[query]],
-        text=" / ".join(split.queries.texts[query]),
-        top=tuple(
-          (split.image_paths[gallery[g]], float(s)) for g, s in zip(top[i], scores[i], strict=True)
-        ),
-        target=split.image_paths[split.queries.target[query]],
-        target_position=int(at[0]) if len(at) else None,
-        rank=int(ranks[i]) if target[i] >= 0 else None,
-      )
+def title(split: EvalSplit, protocol: str, results: dict) -> str:
+  """What the ranks of a split's pictures mean: everything that changes the numbers."""
+  dataset = results["dataset"].partition("/")[0]
+  return (
+    f"{dataset}/{split.name}: {protocol}, gallery {len(split.galleries[protocol])}, reference "
+    f"{'excluded' if results['exclude_reference'] else 'kept'}, captions {results['captions']}, "
+    f"{evaluate.describe_selection(results)}"
+  )
+
+
+def recall_curves(config: ml_collections.ConfigDict, evaluation: Evaluation, dataset: Dataset):
+  """Recall at every cut-off: [RecallCurve], composed queries in both protocols first.
+
+  Over several splits the recalls are means, as in the results.
+  """
+  chosen = evaluate.breakdown_protocol(config)
+  protocols = list(dataset.evals[0].galleries)
+  protocols.sort(key=lambda p: p != chosen)
+  kinds = [(p, "composed") for p in protocols]
+  kinds += [(chosen, kind) for kind in evaluate.QUERY_KINDS if kind != "composed"]
+  found = []
+  for protocol, kind in kinds:
+    galleries = [len(s.galleries[protocol]) for s in dataset.evals]
+    ranks = [evaluation.ranks[s.name][protocol][kind] for s in dataset.evals]
+    ks = range(1, min(max(_CUT_OFFS, *config.eval.recall_at), *galleries, 10**9) + 1)
+    recalls = np.mean([list(ranking.recall_at_k(r, ks).values()) for r in ranks], axis=0)
+    intervals = np.asarray([ranking.recall_interval(ranks, k, draws=_DRAWS) for k in ks])
+    label = f"{kind.replace('_', ' ')}, {protocol} (gallery {sum(galleries)})"
+    same = [c for c in found if kind == "composed" and np.array_equal(c.recalls, recalls)]
+    if same:  # Two equal galleries: two lines on each other would show as one anyway.
+      found[0] = dataclasses.replace(same[0], label=f"{same[0].label} = {protocol}")
+    else:
+      found.append(curves.RecallCurve(label, recalls, intervals))
+  return found
+
+
+def _curves(config, workdir, dataset: Dataset, evaluation: Evaluation) -> _Section:
+  results, folder = evaluation.results, workdir / "pictures"
+  path = folder / "recall_curve.png"
+  curves.recall_curves(
+    recall_curves(config, evaluation, dataset),
+    config.eval.recall_at,
+    path,
+    title=f"{page.describe(results)}\n{_sentence(evaluate.describe_selection(results))}",
+  )
+  figures = [page.Figure("Recall at every cut-off", path, "dots at the reported ones")]
+  recorded = history.read(workdir)
+  if recorded.metrics("train/"):
+    path = folder / "loss_curves.png"
+    curves.training_curves(
+      recorded, path, title=f"{config.name}, {results['dataset']}: course of the training"
     )
-  return rows
+    note = "losses of the batches that were logged; recalls on the evaluation queries"
+    figures.append(page.Figure("Course of the training", path, note))
+  return _Section("Curves", tuple(figures))
+
+
+def _grids(config, folder, split: EvalSplit, evaluation: Evaluation) -> list[page.Figure]:
+  protocol = evaluation.results["breakdown_protocol"]
+  ranks = evaluation.ranks[split.name][protocol]["composed"]
+  n_found = int((ranks < cases.TOP).sum())
+  kinds = (
+    ("", "All queries", cases.spread(np.arange(len(ranks)), _ROWS),
+     f"evenly spread over all {len(ranks)} queries"),
+    ("_found", "Found", cases.found(ranks, _ROWS),
+     f"evenly spread over the {n_found} queries with the target in the top {cases.TOP}"),
+    ("_missed", "Missed", cases.missed(ranks, _ROWS),
+     f"of the {len(ranks) - n_found} queries with the target outside the top {cases.TOP}, from "
+     "the nearest miss to the farthest"),
+  )  # fmt: skip
+  figures = []
+  for suffix, name, chosen, how in kinds:
+    if not len(chosen):
+      continue
+    path = folder / f"retrieval_{split.name}{suffix}.png"
+    encoded = evaluation.encoded[split.name]
+    rows = cases.grid_rows(chosen, ranks, encoded, split, protocol, config)
+    heading = f"{title(split, protocol, evaluation.results)}. Rows: {how}"
+    grid.retrieval_grid(rows, path, title=heading)
+    figures.append(page.Figure(name, path, how))
+  return figures
+
+
+def _attention(encoder, variables, vocabulary, folder, split, evaluation) -> page.Figure:
+  protocol = evaluation.results["breakdown_protocol"]
+  ranks = evaluation.ranks[split.name][protocol]["composed"]
+  chosen = np.concatenate([cases.found(ranks, _ATTENDED), cases.missed(ranks, _ATTENDED)])
+  maps = encoder.attention(variables, split, chosen, vocabulary)
+  rows = cases.attention_rows(chosen, maps, ranks, split, protocol, vocabulary, encoder.config)
+  path = folder / f"attention_{split.name}.png"
+  heading = f"Attention. {title(split, protocol, evaluation.results)}"
+  attention.attention_maps(rows, path, title=heading)
+  note = "found queries, then missed ones"
+  return page.Figure("Attention", path, note)
+
+
+def _sentence(text: str) -> str:
+  return text[:1].upper() + text[1:] + "."
+
+
+def _notes(results: dict) -> list[str]:
+  """What else belongs to the results, in sentences."""
+  notes = []
+  if "ceilings" in results:
+    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
+    notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
+  if "skipped" in results:
+    notes.append(holes.describe_skipped(results["skipped"]))
+  return notes

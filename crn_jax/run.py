@@ -6,6 +6,7 @@ import pathlib
 
 import ml_collections
 
+from crn_jax import files
 from crn_jax.input_pipeline.datasets import Dataset
 
 # Fields that do not change what a step computes, and so may differ when a run is continued.
@@ -55,9 +56,8 @@ def check_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
 
 def write_json(content: dict, path: pathlib.Path) -> None:
   """Writes a file that appears complete or not at all."""
-  partial = path.with_name(path.name + ".partial")
-  partial.write_text(json.dumps(content, indent=2) + "\n")
-  os.replace(partial, path)
+  with files.replacing(path) as partial:
+    partial.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_config(

@@ -82,7 +82,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
       evaluation = evaluate_state(state, start)
     else:
       batches = _train_batches(config, dataset, vocabulary, parallel, start, plan.total_steps)
-      evaluation = _run_steps(
+      state, evaluation = _run_steps(
         config, plan, workdir, state, start, batches, train_step, evaluate_state, checkpoints,
         parallel,
       )  # fmt: skip
@@ -90,7 +90,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
     best = checkpoints.best_step()
     if best not in (None, plan.total_steps):
       evaluation.results["beside"] = [checkpoints.results(best) | {"selection": "best"}]
-  return _conclude(config, workdir, dataset, evaluation)
+  shown = _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
+  with logs.Log(workdir, plan.total_steps) as log:
+    log.pictures(plan.total_steps, sorted((workdir / "pictures").glob("*.png")))
+  return shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +131,8 @@ class Plan:
 def _run_steps(
   config, plan: Plan, workdir, state, start: int, batches, train_step, evaluate_state, checkpoints,
   parallel,
-) -> evaluate.Evaluation:  # fmt: skip
-  """Steps start + 1 to the last; returns the last evaluation. See `train` for what it raises."""
+) -> tuple[TrainState, evaluate.Evaluation]:  # fmt: skip
+  """Steps start + 1 to the last: last state and evaluation. See `train` for what it raises."""
   schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
   with (
     logs.Log(workdir, start) as log,
@@ -157,7 +160,7 @@ def _run_steps(
       if signal and step < plan.total_steps:
         checkpoints.require(step)
         raise Interrupted(step, signal)
-  return evaluation
+  return state, evaluation
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -202,15 +205,17 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"{workdir / 'checkpoints'}: holds no {which} checkpoint; the best is chosen among those "
         f"that were evaluated in training"
       )
-    for name, step in steps.items():
-      # The other one, too, unless it is the same: neither should be reported alone.
+    # The other one, too, unless it is the same: neither should be reported alone. The one asked
+    # for comes last, its state is drawn.
+    for name in sorted(steps, key=lambda name: name == which):
+      step = steps[name]
       if name == which or step not in (None, steps[which]):
         state = parallel.replicate(checkpoints.restore(step, jax.eval_shape(like)))
         evaluations[name] = _evaluate(encoder, state, dataset, vocabulary, step, name)
   evaluation = evaluations.pop(which)
   if evaluations:
     evaluation.results["beside"] = [other.results for other in evaluations.values()]
-  return _conclude(config, workdir, dataset, evaluation)
+  return _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
 
 
 def recall_scalars(results: dict) -> dict[str, float]:
@@ -247,7 +252,7 @@ def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last
   return evaluate.evaluate(encoder, state.eval_variables(), dataset, vocabulary, step, which)
 
 
-def _conclude(config, workdir, dataset, evaluation: evaluate.Evaluation) -> str:
-  written = report.write(config, workdir, dataset, evaluation)
+def _conclude(encoder, state, vocabulary, workdir, dataset, evaluation) -> str:
+  written = report.write(encoder, state.eval_variables(), vocabulary, workdir, dataset, evaluation)
   table = evaluate.format_table(evaluation.results)
   return "\n".join([table, "", "written:", *(f"  {p}" for p in written)])

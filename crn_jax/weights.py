@@ -9,6 +9,7 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from crn_jax import files
 from crn_jax.models.crn import BRANCHES, CRN
 
 
@@ -39,12 +40,10 @@ def initial_variables(model: CRN, config: ml_collections.ConfigDict) -> dict:
 
 def save_backbone(params: dict, path: str | os.PathLike) -> None:
   """Writes backbone parameters to a safetensors file, atomically."""
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
   flat = traverse_util.flatten_dict(params, sep="/")
-  safetensors.numpy.save_file({k: np.ascontiguousarray(v) for k, v in flat.items()}, partial)
-  os.replace(partial, path)
+  arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
+  with files.replacing(path) as partial:
+    safetensors.numpy.save_file(arrays, partial)
 
 
 def load_backbone(path: str | os.PathLike, like: dict) -> dict:

@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from crn_jax import logs
+from crn_jax import history
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -60,7 +60,7 @@ def start(tmp_path_factory):
 
 
 def n_records(workdir) -> int:
-  return len(logs.read_records(workdir / "metrics.jsonl"))
+  return len(history.read_records(workdir / "metrics.jsonl"))
 
 
 def wait_for_steps(process, workdir) -> None:
@@ -90,7 +90,7 @@ def assert_same_run(a, b) -> None:
   numbers = [
     [
       {k: v for k, v in r.items() if "per_second" not in k and "memory" not in k}
-      for r in logs.read_records(folder / "metrics.jsonl")
+      for r in history.read_records(folder / "metrics.jsonl")
     ]
     for folder in (a, b)
   ]

@@ -2,14 +2,14 @@ import json
 
 import pytest
 
-from crn_jax import logs
+from crn_jax import history, logs
 
 
 def test_records_are_read_back(tmp_path):
   with logs.Log(tmp_path, 0) as log:
     log.scalars(2, 0.5, {"train/local/total": 1.5})
     log.scalars(4, 1.0, {"eval/val_split/R@10": 20.0})
-  assert logs.read_records(tmp_path / "metrics.jsonl") == [
+  assert history.read_records(tmp_path / "metrics.jsonl") == [
     {"step": 2, "epoch": 0.5, "train/local/total": 1.5},
     {"step": 4, "epoch": 1.0, "eval/val_split/R@10": 20.0},
   ]
@@ -22,11 +22,11 @@ def test_a_continued_run_records_no_step_twice(tmp_path):
   path.write_text("\n".join(lines) + '\n{"step": 4, "tr')  # killed while it wrote
   with logs.Log(tmp_path, 2) as log:
     log.scalars(3, 1.5, {"a": 1.0})
-  assert [record["step"] for record in logs.read_records(path)] == [1, 2, 3]
+  assert [record["step"] for record in history.read_records(path)] == [1, 2, 3]
 
 
 def test_no_file_has_no_records(tmp_path):
-  assert logs.read_records(tmp_path / "metrics.jsonl") == []
+  assert history.read_records(tmp_path / "metrics.jsonl") == []
 
 
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 
-from crn_jax import checkpoint, logs, train
+from crn_jax import checkpoint, history, train
 from crn_jax.interrupt import Interrupted
 from crn_jax.parallel import DataParallel
 from crn_jax.progress import Progress
@@ -115,13 +115,15 @@ def signal_at(step: int, stepped):
 
 
 def last_losses(workdir) -> dict:
-  record = [r for r in logs.read_records(workdir / "metrics.jsonl") if "train/local/total" in r][-1]
+  record = [r for r in history.read_records(workdir / "metrics.jsonl") if "train/local/total" in r][
+    -1
+  ]
   return {k: v for k, v in record.items() if k.startswith(("train/local", "train/global", "step"))}
 
 
 def test_a_run_records_its_losses_and_recalls(finished):
   workdir, _, _ = finished
-  records = logs.read_records(workdir / "metrics.jsonl")
+  records = history.read_records(workdir / "metrics.jsonl")
   assert [record["step"] for record in records] == [2, 2, 4, 4]
   terms = ("classification", "cross_branch", "mutual_kl", "modification", "auxiliary", "total")
   for branch in ("local", "global"):

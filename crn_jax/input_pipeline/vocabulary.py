@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import logging
 
+from crn_jax import files
+
 UNK, AND, BOS, EOS = range(4)
 RESERVED = ("<UNK>", "<AND>", "<BOS>", "<EOS>")
 MARKERS = ("tokens", "words")
@@ -149,19 +151,10 @@ class Vocabulary:
     return sum(len(self.ids(texts)) > self.max_words for texts in queries)
 
   def save(self, path: str | os.PathLike) -> None:
-    """Writes the vocabulary as JSON; the file appears complete or not at all.
-
-    Raises:
-      FileNotFoundError: the folder of `path` does not exist.
-    """
-    path = pathlib.Path(path)
+    """Writes the vocabulary as JSON; the file appears complete or not at all."""
     content = {"markers": self.markers, "max_words": self.max_words, "words": self.words}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-      temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-      os.replace(temporary, path)
-    finally:
-      temporary.unlink(missing_ok=True)
+    with files.replacing(path) as partial:
+      partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Vocabulary":

@@ -1,4 +1,4 @@
-"""Pictures of what a model retrieves, drawn with Pillow alone.
+"""Retrieval grids: what a model retrieves for a query, drawn with Pillow alone.
 
 A row of the grid reads from left to right: reference image, text, the first images of the ranking
 with their scores, and, behind a gap, the target if it is not among them.
@@ -6,10 +6,11 @@ with their scores, and, behind a gap, the target if it is not among them.
 
 import dataclasses
 import os
-import pathlib
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
+
+from crn_jax.pictures import canvas
 
 CELL = 112  # Side of an image cell; all lengths here are pixels.
 _MARGIN = 20
@@ -20,22 +21,8 @@ _TEXT_WIDTH = 176
 _CAPTION = 20
 _FRAME = 5
 _DASH = 9
-_LINE_SPACING = 1.35
 _MAX_TEXT_LINES = 12
 _MAX_TITLE_LINES = 4
-
-# Below this, enlarging with LANCZOS only blurs; whole pixels say more.
-_TINY = 32
-
-# Blue and vermillion of Okabe and Ito's palette: told apart with every kind of colour blindness.
-_FOUND = (0, 114, 178)
-_MISSED = (213, 94, 0)
-_INK = (28, 28, 30)
-_FAINT = (105, 105, 110)
-_RULE = (216, 216, 220)
-_CELL_BACKGROUND = (238, 238, 240)
-_UNREADABLE = (190, 190, 194)
-_WHITE = (255, 255, 255)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +73,7 @@ def retrieval_grid(rows: Sequence[GridRow], path: str | os.PathLike, *, title: s
   """
   if not rows:
     raise ValueError("a retrieval grid needs at least one row")
-  _write_png(_draw_grid(rows, title), pathlib.Path(path))
+  canvas.write_png(_draw_grid(rows, title), path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,27 +96,27 @@ class _Columns:
 
 
 def _draw_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
-  fonts = _Fonts(*(ImageFont.load_default(size=s) for s in (19, 14, 14, 12)))
+  fonts = _Fonts(*(canvas.font(s) for s in (19, 14, 14, 12)))
   columns = _columns(rows)
-  title_lines = _wrap(title, fonts.title, columns.width - 2 * _MARGIN, _MAX_TITLE_LINES)
-  texts = [_wrap(row.text, fonts.text, _TEXT_WIDTH, _MAX_TEXT_LINES) for row in rows]
+  title_lines = canvas.wrap(title, fonts.title, columns.width - 2 * _MARGIN, _MAX_TITLE_LINES)
+  texts = [canvas.wrap(row.text, fonts.text, _TEXT_WIDTH, _MAX_TEXT_LINES) for row in rows]
   cell_height = CELL + _CAPTION
-  heights = [max(cell_height, _text_height(lines, fonts.text)) for lines in texts]
+  heights = [max(cell_height, canvas.text_height(lines, fonts.text)) for lines in texts]
 
-  header_y = _MARGIN + _text_height(title_lines, fonts.title) + _GAP
-  first_row_y = header_y + _line_height(fonts.header) + _GAP // 2
+  header_y = _MARGIN + canvas.text_height(title_lines, fonts.title) + _GAP
+  first_row_y = header_y + canvas.line_height(fonts.header) + _GAP // 2
   height = first_row_y + sum(h + 2 * _ROW_PADDING for h in heights) + _MARGIN - _ROW_PADDING
 
-  canvas = Image.new("RGB", (columns.width, height), _WHITE)
-  draw = ImageDraw.Draw(canvas)
-  _draw_lines(draw, (_MARGIN, _MARGIN), title_lines, fonts.title, _INK)
+  sheet = Image.new("RGB", (columns.width, height), canvas.WHITE)
+  draw = ImageDraw.Draw(sheet)
+  canvas.draw_lines(draw, (_MARGIN, _MARGIN), title_lines, fonts.title, canvas.INK)
   _draw_header(draw, header_y, columns, fonts.header)
   y = first_row_y
   for row, lines, row_height in zip(rows, texts, heights, strict=True):
-    draw.line((_MARGIN, y, columns.width - _MARGIN, y), fill=_RULE)
-    _draw_row(canvas, draw, y + _ROW_PADDING, row, lines, columns, fonts)
+    draw.line((_MARGIN, y, columns.width - _MARGIN, y), fill=canvas.RULE)
+    _draw_row(sheet, draw, y + _ROW_PADDING, row, lines, columns, fonts)
     y += row_height + 2 * _ROW_PADDING
-  return canvas
+  return sheet
 
 
 def _columns(rows: Sequence[GridRow]) -> _Columns:
@@ -151,26 +138,26 @@ def _draw_header(draw, y: int, columns: _Columns, font) -> None:
   if columns.missed is not None:
     labels.append((columns.missed, "Missed target"))
   for x, label in labels:
-    draw.text((x, y), label, fill=_FAINT, font=font)
+    draw.text((x, y), label, fill=canvas.FAINT, font=font)
 
 
-def _draw_row(canvas, draw, y: int, row: GridRow, lines, columns: _Columns, fonts: _Fonts) -> None:
-  canvas.paste(_cell(row.reference, fonts.caption), (columns.reference, y))
-  _draw_lines(draw, (columns.text, y), lines, fonts.text, _INK)
+def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts: _Fonts) -> None:
+  sheet.paste(canvas.cell(row.reference, CELL, fonts.caption), (columns.reference, y))
+  canvas.draw_lines(draw, (columns.text, y), lines, fonts.text, canvas.INK)
   # A row may hold fewer images than the longest one.
   for position, (x, (path, score)) in enumerate(zip(columns.top, row.top, strict=False)):
-    canvas.paste(_cell(path, fonts.caption), (x, y))
+    sheet.paste(canvas.cell(path, CELL, fonts.caption), (x, y))
     caption = f"{position + 1}   {score:.3f}"
     if position == row.target_position:
-      _draw_frame(draw, x, y, _FOUND, dashed=False)
-      _draw_label(draw, x, y, f"{caption}   target", _FOUND, fonts.caption)
+      _draw_frame(draw, x, y, canvas.BLUE, dashed=False)
+      _draw_label(draw, x, y, f"{caption}   target", canvas.BLUE, fonts.caption)
     else:
-      _draw_caption(draw, x, y, caption, _INK, fonts.caption)
+      _draw_caption(draw, x, y, caption, canvas.INK, fonts.caption)
   if row.target_position is None:
-    canvas.paste(_cell(row.target, fonts.caption), (columns.missed, y))
+    sheet.paste(canvas.cell(row.target, CELL, fonts.caption), (columns.missed, y))
     rank = "not in the gallery" if row.rank is None else f"target: rank {row.rank + 1}"
-    _draw_frame(draw, columns.missed, y, _MISSED, dashed=True)
-    _draw_label(draw, columns.missed, y, rank, _MISSED, fonts.caption)
+    _draw_frame(draw, columns.missed, y, canvas.VERMILLION, dashed=True)
+    _draw_label(draw, columns.missed, y, rank, canvas.VERMILLION, fonts.caption)
 
 
 def _draw_frame(draw, x: int, y: int, colour, *, dashed: bool) -> None:
@@ -192,90 +179,9 @@ def _draw_label(draw, x: int, y: int, text: str, colour, font) -> None:
   """A caption in white on the colour of the frame that it hangs from."""
   top = y + CELL
   draw.rectangle((x - _FRAME, top, x + CELL + _FRAME - 1, top + _CAPTION), fill=colour)
-  _draw_caption(draw, x, y, text, _WHITE, font)
+  _draw_caption(draw, x, y, text, canvas.WHITE, font)
 
 
 def _draw_caption(draw, x: int, y: int, text: str, colour, font) -> None:
   centre = (x + CELL / 2, y + CELL + _CAPTION / 2 + 1)
   draw.text(centre, text, fill=colour, font=font, anchor="mm")
-
-
-def _draw_lines(draw, origin, lines: Sequence[str], font, colour) -> None:
-  x, y = origin
-  for i, line in enumerate(lines):
-    draw.text((x, y + i * _line_height(font)), line, fill=colour, font=font)
-
-
-def _cell(path: str | os.PathLike, font) -> Image.Image:
-  """The image, as large as a CELL x CELL square allows, centred on a neutral background."""
-  try:
-    with Image.open(path) as file:
-      image = _fit(file.convert("RGB"))
-  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    cell = Image.new("RGB", (CELL, CELL), _UNREADABLE)
-    draw = ImageDraw.Draw(cell)
-    draw.text((CELL / 2, CELL / 2), "unreadable", fill=_INK, font=font, anchor="mm")
-    return cell
-  cell = Image.new("RGB", (CELL, CELL), _CELL_BACKGROUND)
-  cell.paste(image, ((CELL - image.width) // 2, (CELL - image.height) // 2))
-  return cell
-
-
-def _fit(image: Image.Image) -> Image.Image:
-  longest = max(image.size)
-  resample = Image.Resampling.NEAREST if longest < _TINY else Image.Resampling.LANCZOS
-  return image.resize([max(1, round(side * CELL / longest)) for side in image.size], resample)
-
-
-def _wrap(text: str, font, width: int, max_lines: int) -> list[str]:
-  """Breaks at spaces, inside words only if one is wider than a line; cuts with "..." at the end."""
-  lines = []
-  for paragraph in text.splitlines():
-    line = ""
-    for word in paragraph.split():
-      joined = f"{line} {word}" if line else word
-      if font.getlength(joined) <= width:
-        line = joined
-        continue
-      if line:
-        lines.append(line)
-      *full, line = _pieces(word, font, width)
-      lines.extend(full)
-    lines.append(line)
-  if len(lines) > max_lines:
-    last = lines[max_lines - 1]
-    while last and font.getlength(f"{last} ...") > width:
-      last = last[:-1]
-    lines = [*lines[: max_lines - 1], f"{last.rstrip()} ..."]
-  return lines
-
-
-def _pieces(word: str, font, width: int) -> list[str]:
-  """The word cut into pieces no wider than a line."""
-  pieces, piece = [], ""
-  for character in word:
-    if piece and font.getlength(piece + character) > width:
-      pieces.append(piece)
-      piece = ""
-    piece += character
-  return [*pieces, piece]
-
-
-def _line_height(font) -> int:
-  return round(font.size * _LINE_SPACING)
-
-
-def _text_height(lines: Sequence[str], font) -> int:
-  return len(lines) * _line_height(font)
-
-
-def _write_png(image: Image.Image, path: pathlib.Path) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  # In the same folder, as a rename is atomic only within one file system.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  try:
-    image.save(temporary, format="PNG")
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from crn_jax import pictures
+from crn_jax.pictures import canvas, grid
 
-GREY = pictures._CELL_BACKGROUND
+GREY = canvas.CELL_BACKGROUND
 RED = (200, 30, 40)
 
 
@@ -34,12 +34,12 @@ def grid_row(path, **changes):
     "target_position": 1,
     "rank": 1,
   }
-  return pictures.GridRow(**(values | changes))
+  return grid.GridRow(**(values | changes))
 
 
 def draw(rows, folder, title="demo") -> np.ndarray:
   path = folder / "grid.png"
-  pictures.retrieval_grid(rows, path, title=title)
+  grid.retrieval_grid(rows, path, title=title)
   with Image.open(path) as picture:
     assert picture.format == "PNG"
     return np.asarray(picture)
@@ -55,41 +55,41 @@ class TestFrames:
   def test_a_retrieved_target_is_framed_in_its_place(self, image, tmp_path):
     row = grid_row(image())
     picture = draw([row], tmp_path)
-    columns = pictures._columns([row])
-    left, top, right, bottom = where(picture, pictures._FOUND)
-    assert (left, right) == (columns.top[1] - 5, columns.top[1] + pictures.CELL + 4)
-    assert bottom - top > pictures.CELL
-    assert where(picture, pictures._MISSED) is None
+    columns = grid._columns([row])
+    left, top, right, bottom = where(picture, canvas.BLUE)
+    assert (left, right) == (columns.top[1] - 5, columns.top[1] + grid.CELL + 4)
+    assert bottom - top > grid.CELL
+    assert where(picture, canvas.VERMILLION) is None
 
   def test_a_missed_target_stands_at_the_far_right(self, image, tmp_path):
     row = grid_row(image(), target_position=None, rank=36)
     picture = draw([row], tmp_path)
-    columns = pictures._columns([row])
-    left, _, right, _ = where(picture, pictures._MISSED)
-    assert left == columns.missed - 5 > columns.top[-1] + pictures.CELL
+    columns = grid._columns([row])
+    left, _, right, _ = where(picture, canvas.VERMILLION)
+    assert left == columns.missed - 5 > columns.top[-1] + grid.CELL
     assert right < picture.shape[1]
-    assert where(picture, pictures._FOUND) is None
+    assert where(picture, canvas.BLUE) is None
 
   def test_the_frame_covers_nothing_of_the_image(self, image, tmp_path):
     path = image()
     for position in (1, None):
       picture = draw([grid_row(path, target_position=position)], tmp_path)
       n_cells = 4 if position is not None else 5
-      assert (picture == RED).all(axis=-1).sum() == n_cells * pictures.CELL**2
+      assert (picture == RED).all(axis=-1).sum() == n_cells * grid.CELL**2
 
   def test_frames_stay_off_the_rules(self, image, tmp_path):
     row = grid_row(image())
     picture = draw([row, row], tmp_path)
-    ruled = np.flatnonzero((picture == pictures._RULE).all(axis=-1).sum(axis=1) > 100)
+    ruled = np.flatnonzero((picture == canvas.RULE).all(axis=-1).sum(axis=1) > 100)
     assert len(ruled) == 2
-    assert not (picture[ruled] == pictures._FOUND).all(axis=-1).any()
+    assert not (picture[ruled] == canvas.BLUE).all(axis=-1).any()
 
   @pytest.mark.parametrize(
     ("rank", "label"), [(36, "target: rank 37"), (None, "not in the gallery")]
   )
   def test_the_label_counts_from_one(self, image, tmp_path, monkeypatch, rank, label):
     labels = []
-    monkeypatch.setattr(pictures, "_draw_label", lambda *args: labels.append(args[3]))
+    monkeypatch.setattr(grid, "_draw_label", lambda *args: labels.append(args[3]))
     draw([grid_row(image(), target_position=None, rank=rank)], tmp_path)
     assert labels == [label]
 
@@ -97,13 +97,15 @@ class TestFrames:
 class TestCells:
   @pytest.mark.parametrize("size", [(64, 64), (300, 300), (8, 8)])
   def test_squares_fill_the_cell_at_any_size(self, image, size):
-    cell = np.asarray(pictures._cell(image(size=size), ImageFont.load_default(size=12)))
-    assert cell.shape == (pictures.CELL, pictures.CELL, 3)
+    cell = np.asarray(canvas.cell(image(size=size), grid.CELL, ImageFont.load_default(size=12)))
+    assert cell.shape == (grid.CELL, grid.CELL, 3)
     assert (cell == RED).all()
 
   def test_the_aspect_ratio_is_kept(self, image):
-    cell = np.asarray(pictures._cell(image(size=(100, 200)), ImageFont.load_default(size=12)))
-    side = pictures.CELL // 4
+    cell = np.asarray(
+      canvas.cell(image(size=(100, 200)), grid.CELL, ImageFont.load_default(size=12))
+    )
+    side = grid.CELL // 4
     assert (cell[:, side:-side] == RED).all()
     assert (cell[:, :side] == GREY).all()
     assert (cell[:, -side:] == GREY).all()
@@ -111,8 +113,8 @@ class TestCells:
   def test_extreme_shapes_and_grey_pictures_are_drawn(self, image, tmp_path):
     Image.new("L", (20, 20), 77).save(tmp_path / "grey.png")
     font = ImageFont.load_default(size=12)
-    assert (np.asarray(pictures._cell(image(size=(2000, 1)), font)) == RED).any()
-    assert (np.asarray(pictures._cell(tmp_path / "grey.png", font)) == 77).all()
+    assert (np.asarray(canvas.cell(image(size=(2000, 1)), grid.CELL, font)) == RED).any()
+    assert (np.asarray(canvas.cell(tmp_path / "grey.png", grid.CELL, font)) == 77).all()
 
   def test_unreadable_files_become_grey_cells(self, image, tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.jpg")
@@ -122,16 +124,16 @@ class TestCells:
     (tmp_path / "empty.jpg").touch()
     for name in ("cut.jpg", "cut.png", "text.jpg", "empty.jpg", "missing.jpg", "."):
       picture = draw([grid_row(image(), target=tmp_path / name, target_position=None)], tmp_path)
-      left, top, right, bottom = where(picture, pictures._UNREADABLE)
-      assert (right - left, bottom - top) == (pictures.CELL - 1, pictures.CELL - 1), name
+      left, top, right, bottom = where(picture, canvas.UNREADABLE)
+      assert (right - left, bottom - top) == (grid.CELL - 1, grid.CELL - 1), name
 
 
 class TestText:
   FONT = ImageFont.load_default(size=14)
 
   def wrap(self, text, max_lines=12):
-    lines = pictures._wrap(text, self.FONT, pictures._TEXT_WIDTH, max_lines)
-    assert all(self.FONT.getlength(line) <= pictures._TEXT_WIDTH for line in lines)
+    lines = canvas.wrap(text, self.FONT, grid._TEXT_WIDTH, max_lines)
+    assert all(self.FONT.getlength(line) <= grid._TEXT_WIDTH for line in lines)
     return lines
 
   def test_short_text_stays_on_one_line(self):
@@ -159,9 +161,9 @@ class TestText:
     row = grid_row(image(), text="has longer sleeves and is " * 20, target_position=None)
     long = draw([row], tmp_path)
     assert long.shape[0] > short.shape[0]
-    columns = pictures._columns([row])
-    gap = long[:, columns.text + pictures._TEXT_WIDTH + 1 : columns.top[0]]
-    below_header = np.flatnonzero((long == pictures._RULE).all(axis=-1).sum(axis=1) > 100)[0] + 1
+    columns = grid._columns([row])
+    gap = long[:, columns.text + grid._TEXT_WIDTH + 1 : columns.top[0]]
+    below_header = np.flatnonzero((long == canvas.RULE).all(axis=-1).sum(axis=1) > 100)[0] + 1
     assert (gap[below_header:] == 255).all()
 
   def test_a_long_title_wraps_inside_the_picture(self, image, tmp_path):
@@ -175,12 +177,12 @@ class TestText:
 class TestFile:
   def test_folders_are_created_and_nothing_else_is_left(self, image, tmp_path):
     path = tmp_path / "run" / "pictures" / "grid.png"
-    pictures.retrieval_grid([grid_row(image())], str(path), title="demo")
+    grid.retrieval_grid([grid_row(image())], str(path), title="demo")
     assert os.listdir(path.parent) == ["grid.png"]
 
   def test_a_failed_write_leaves_the_old_picture(self, image, tmp_path, monkeypatch):
     path = tmp_path / "run" / "grid.png"
-    pictures.retrieval_grid([grid_row(image())], path, title="demo")
+    grid.retrieval_grid([grid_row(image())], path, title="demo")
     before = path.read_bytes()
 
     def fail(self, name, format):
@@ -189,18 +191,18 @@ class TestFile:
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="disk full"):
-      pictures.retrieval_grid([grid_row(tmp_path / "plain.png")], path, title="demo")
+      grid.retrieval_grid([grid_row(tmp_path / "plain.png")], path, title="demo")
     assert path.read_bytes() == before
     assert os.listdir(path.parent) == ["grid.png"]
 
   def test_rows_may_differ_in_length(self, image, tmp_path):
     short = grid_row(image(), top=(), target_position=None, rank=None)
     picture = draw([grid_row(image()), short], tmp_path)
-    assert picture.shape[1] == pictures._columns([grid_row(image()), short]).width
+    assert picture.shape[1] == grid._columns([grid_row(image()), short]).width
 
   def test_no_rows_is_an_error(self, tmp_path):
     with pytest.raises(ValueError, match="at least one row"):
-      pictures.retrieval_grid([], tmp_path / "grid.png", title="demo")
+      grid.retrieval_grid([], tmp_path / "grid.png", title="demo")
 
   def test_a_position_outside_the_top_is_an_error(self):
     with pytest.raises(ValueError, match="top 3, got 3"):

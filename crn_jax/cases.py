@@ -1,0 +1,159 @@
+"""Which queries are shown, and what a picture needs to know of them."""
+
+from collections.abc import Sequence
+
+import ml_collections
+import numpy as np
+
+from crn_jax import evaluate, ranking
+from crn_jax.encode import Encoded
+from crn_jax.input_pipeline import images, vocabulary
+from crn_jax.input_pipeline.dataset import EvalSplit
+from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.pictures.attention import AttentionRow, Word
+from crn_jax.pictures.grid import GridRow
+
+TOP = 10  # Images shown of a ranking; a target among them counts as found.
+
+# Names of the reserved words in a picture.
+_MARKER_NAMES = {vocabulary.AND: "AND", vocabulary.BOS: "BOS", vocabulary.EOS: "EOS"}
+
+
+def spread(rows: Sequence[int], count: int) -> np.ndarray:
+  """Up to `count` of the rows, evenly spread from the first to the last."""
+  rows = np.asarray(rows, int)
+  at = np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int)
+  return rows[at]
+
+
+def found(ranks: np.ndarray, count: int) -> np.ndarray:
+  """Queries whose target is among the first `TOP`, evenly over the queries' order.
+
+  Args:
+    ranks: [queries] int, 0-based rank of the target.
+    count: how many at most.
+  """
+  return spread(np.flatnonzero(ranks < TOP), count)
+
+
+def missed(ranks: np.ndarray, count: int) -> np.ndarray:
+  """Queries whose target is not among the first `TOP`, evenly from the nearest miss to the worst.
+
+  Args: as of `found`.
+  """
+  order = np.argsort(ranks, kind="stable")
+  return spread(order[ranks[order] >= TOP], count)
+
+
+def grid_rows(
+  chosen: Sequence[int],
+  ranks: np.ndarray,
+  encoded: Encoded,
+  split: EvalSplit,
+  protocol: str,
+  config: ml_collections.ConfigDict,
+) -> list[GridRow]:
+  """Rows of a retrieval grid.
+
+  Args:
+    chosen: rows of `split.queries`.
+    ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
+    encoded: vectors of the split.
+    split: images and queries.
+    protocol: names the gallery.
+    config: the whole configuration.
+  """
+  gallery = split.galleries[protocol]
+  target = evaluate.gallery_positions(gallery, split.queries.target, len(split.image_paths))
+  exclude = evaluate.excluded_positions(split, protocol, config)[chosen]
+  top, scores = ranking.top_k(encoded.composed[chosen], encoded.images[gallery], TOP, exclude)
+  rows = []
+  for i, query in enumerate(chosen):
+    at = np.flatnonzero(top[i] == target[query])
+    rows.append(
+      GridRow(
+        reference=split.image_paths[split.queries.reference[query]],
+        text=_text(split, query),
+        top=tuple(
+          (split.image_paths[gallery[g]], float(s)) for g, s in zip(top[i], scores[i], strict=True)
+        ),
+        target=split.image_paths[split.queries.target[query]],
+        target_position=int(at[0]) if len(at) else None,
+        rank=int(ranks[query]) if target[query] >= 0 else None,
+      )
+    )
+  return rows
+
+
+def attention_rows(
+  chosen: Sequence[int],
+  attention: dict[str, np.ndarray],
+  ranks: np.ndarray,
+  split: EvalSplit,
+  protocol: str,
+  table: Vocabulary,
+  config: ml_collections.ConfigDict,
+) -> list[AttentionRow]:
+  """Rows of a picture of attention.
+
+  Args:
+    chosen: rows of `split.queries`.
+    attention: branch -> [chosen, max_words, h, w], of `Encoder.attention`.
+    ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
+    split: images and queries.
+    protocol: names the gallery.
+    table: the run's vocabulary.
+    config: the whole configuration.
+  """
+  data = config.data
+  in_gallery = np.isin(split.queries.target, split.galleries[protocol])
+  rows = []
+  for i, query in enumerate(chosen):
+    words = shown_words(split.queries.texts[query], table)
+    local, global_ = attention["local"][i], attention["global"][i]
+    if not config.model.mask_padding and len(words) < len(local):
+      # There padding acts like words: left out, the shares would not sum to all.
+      n = len(words)
+      words = [*words, Word(f"{len(local) - n} x padding", "sum, mean")]
+      local = np.concatenate([local[:n], local[n:].sum(axis=0, keepdims=True)])
+      global_ = np.concatenate([global_[:n], global_[n:].mean(axis=0, keepdims=True)])
+    picture = images.decode(split.image_paths[split.queries.reference[query]])
+    picture = images.center_crop(images.resize_short_side(picture, data.resize), data.image_size)
+    rank = ranks[query]
+    outcome = f"target at rank {rank + 1}" if in_gallery[query] else "target not in the gallery"
+    rows.append(
+      AttentionRow(
+        reference=picture,
+        text=_text(split, query),
+        outcome=f"{'found' if rank < TOP else 'missed'}: {outcome}",
+        words=tuple(words),
+        local=local[: len(words)],
+        global_=global_[: len(words)],
+      )
+    )
+  return rows
+
+
+def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
+  """The words of a query as the model reads them: cut, with markers; unknown ones as they stand."""
+  ids, mask = table.encode(texts)
+  ids = ids[mask]
+  if table.markers == "tokens":
+    written = ["BOS"]
+    for i, text in enumerate(texts):
+      written += ["AND"] * (i > 0) + vocabulary.tokenize(text)
+    written.append("EOS")
+  else:
+    text = texts[0] if len(texts) == 1 else f"<BOS> {' <AND> '.join(texts)} <EOS>"
+    written = vocabulary.tokenize(text) or [""]
+  words = []
+  for i, word in zip(ids, written, strict=False):  # A text that was cut has more words than ids.
+    if int(i) in _MARKER_NAMES:
+      words.append(Word(_MARKER_NAMES[int(i)], "marker"))
+    else:
+      words.append(Word(word, "unknown" if i == vocabulary.UNK else ""))
+  return words
+
+
+def _text(split: EvalSplit, query: int) -> str:
+  return " / ".join(split.queries.texts[query])
