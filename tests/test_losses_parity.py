@@ -101,13 +101,14 @@ def test_vectors_equal_the_release(results, kind, golden, ours):
 def test_gradient_norms_equal_the_release(results, kind):
   """Also of the relation module, which has a gradient here, and of HAT's layer, which has none.
 
-  float32 is held to the release's float64 within 5e-5 (measured: 2.0e-5): the release's own float32
-  is 4.9e-5 away. The first LayerNorm divides by the little that a zero image's patches differ, and
-  the gradients of a BatchNorm over four values lose digits.
+  float32 is held to the release's float64 within three times the distance of the release's own
+  float32 run (4.9e-5 in the local branch): measured 2.0e-5 to 5.2e-5, by processor. The first
+  LayerNorm divides by the little that a zero image's patches differ, and the gradients of a
+  BatchNorm over four values lose digits.
   """
   dtype, result = results
   _, _, norms = result[kind]
-  tolerance = {"float32": 5e-5, "float64": 1e-7}[dtype]
+  tolerance = 1e-7 if dtype == "float64" else 3 * own_distance(kind)
   for name, has, norm in zip(
     GOLDENS[f"{kind}.names"],
     GOLDENS[f"{kind}.has_grad"],
@@ -120,3 +121,16 @@ def test_gradient_norms_equal_the_release(results, kind):
       assert norms[name] < 1e-6, name
     else:
       assert norms[name] == pytest.approx(norm, rel=tolerance), name
+
+
+def own_distance(kind: str) -> float:
+  """Largest relative difference of the release's float32 gradient norms to its float64 ones."""
+  return max(
+    abs(single - double) / double
+    for name, has, single, double in zip(
+      *(GOLDENS[f"{kind}.{key}"] for key in ("names", "has_grad", "grad_l2")),
+      GOLDENS[f"f64.{kind}.grad_l2"],
+      strict=True,
+    )
+    if has and (kind, name) not in NO_TRUE_GRADIENT
+  )

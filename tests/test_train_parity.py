@@ -13,12 +13,14 @@ held to what such a crossing leaves of it.
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 
 from crn_jax import optimizer, train_step
 from crn_jax.convert import release as names
@@ -86,7 +88,7 @@ class Runs:
   Attributes:
     forced_metrics: of the float32 update from each float64 state.
     forced_gradients: per iteration, L2 distance of float32's gradient to float64's, relative to
-      the latter's norm.
+      the latter's norm, of each parameter.
   """
 
   double: Run
@@ -96,7 +98,7 @@ class Runs:
 
 
 class Trainer:
-  """One precision's compiled update; keeps each step's gradient."""
+  """One precision's compiled update; hands out each step's gradient."""
 
   def __init__(self, dtype: str):
     config = release.config(dtype)
@@ -125,10 +127,10 @@ class Trainer:
     return train_step.TrainState.create(variables, self.adam)
 
   def __call__(self, state: train_step.TrainState, i: int):
-    """Iteration i: new state, gradients by name, metrics."""
+    """Iteration i: new state, gradients, metrics."""
     opt_state = {k: ((), state.opt_state[k]) for k in crn.BRANCHES}
     state, metrics = self.update(state.replace(opt_state=opt_state), batch(i, self.dtype))
-    gradients = by_name({k: state.opt_state[k][0] for k in crn.BRANCHES})
+    gradients = {k: state.opt_state[k][0] for k in crn.BRANCHES}
     state = state.replace(opt_state={k: state.opt_state[k][1] for k in crn.BRANCHES})
     return state, gradients, {k: float(v) for k, v in metrics.items()}
 
@@ -139,12 +141,34 @@ def in_float32(state: train_step.TrainState) -> train_step.TrainState:
   return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, state)
 
 
-def by_name(tree: dict) -> dict[tuple[str, str], np.ndarray]:
-  """{branch: tree like its variables} by the release's names, in its layouts."""
+@jax.jit
+def norms(gradients: dict) -> dict:
+  """L2 norm of every leaf."""
+  return jax.tree.map(lambda g: jnp.linalg.norm(g.reshape(-1)), gradients)
+
+
+@jax.jit
+def distances(expected: dict, gradients: dict) -> dict:
+  """L2 distance of every leaf, relative to the norm of what is expected."""
+  difference = norms(jax.tree.map(lambda e, g: e - g, expected, gradients))
+  return jax.tree.map(lambda d, e: d / jnp.maximum(e, 1e-30), difference, norms(expected))
+
+
+def by_name(tree: dict) -> Iterator[tuple[tuple[str, str], np.ndarray]]:
+  """((branch, release's name), value in its layout), one at a time: a copy of all takes GBs."""
+  for kind in crn.BRANCHES:
+    for path, value in traverse_util.flatten_dict(tree[kind]).items():
+      leaf = traverse_util.unflatten_dict({path: value})
+      for name, array in names.to_release(kind, leaf, release.SHAPES[kind]).items():
+        yield (kind, name), array
+
+
+def scalars_by_name(tree: dict) -> dict[tuple[str, str], float]:
+  """A tree of scalars by the release's names."""
   return {
-    (kind, name): value
+    (kind, names.release_name(kind, path)): float(value)
     for kind in crn.BRANCHES
-    for name, value in names.to_release(kind, tree[kind], release.SHAPES[kind]).items()
+    for path, value in traverse_util.flatten_dict(tree[kind]).items()
   }
 
 
@@ -157,20 +181,15 @@ def facts(kind: str, *keys: str):
   return [str(n) for n in GOLDENS[f"{kind}.names"]], *columns
 
 
-def norm(x: np.ndarray) -> float:
-  """L2 norm, in float64."""
-  return float(np.linalg.norm(x.reshape(-1).astype(np.float64)))
-
-
 def summarize(metrics, gradient_norms, first, state) -> Run:
   updates = {}
-  last = by_name(state.params)
-  for key, start in first.items():
-    update = last[key].reshape(-1).astype(np.float64) - start.reshape(-1)
+  for key, last in by_name(state.params):
+    start = first[key]
+    update = last.reshape(-1).astype(np.float64) - start.reshape(-1)
     sample = update[:: -(-update.size // 24)].copy()
-    updates[key] = (float(np.linalg.norm(update)), sample, bool((last[key] != start).any()))
-  statistics = {k: v.copy() for k, v in by_name(state.batch_stats).items()}
-  return Run(metrics, gradient_norms, updates, statistics)
+    updates[key] = (float(np.linalg.norm(update)), sample, bool((last != start).any()))
+  statistics = {k: v.copy() for k, v in by_name(state.batch_stats)}
+  return Run(metrics, scalars_by_name(gradient_norms), updates, statistics)
 
 
 @pytest.fixture(scope="module")
@@ -178,11 +197,11 @@ def runs() -> Runs:
   """All is computed once, in an order that keeps few states alive at a time."""
   single = Trainer("float32")
   # The recipe's weights are float32 numbers: all start from the same.
-  first = {k: v.copy() for k, v in by_name(single.start().params).items()}
+  first = {k: v.copy() for k, v in by_name(single.start().params)}
   with release.double_precision():
     double = Trainer("float64")
     state = double.start()
-  metrics, forced_metrics, distances = [], [], []
+  metrics, forced_metrics, apart = [], [], []
   for i in range(ITERATIONS):
     with release.double_precision():
       forced = in_float32(state)
@@ -191,23 +210,18 @@ def runs() -> Runs:
     del forced
     with release.double_precision():
       state, expected, m = double(state, i)
+      apart.append(scalars_by_name(distances(expected, gradients)))
+      if i == 0:
+        double_norms, single_norms = norms(expected), norms(gradients)
     metrics.append(m)
-    if i == 0:
-      gradient_norms = {k: norm(v) for k, v in gradients.items()}
-      double_gradient_norms = {k: norm(v) for k, v in expected.items()}
-    distances.append(
-      {k: norm(expected[k] - v) / max(norm(expected[k]), 1e-30) for k, v in gradients.items()}
-    )
     del expected, gradients
-  double_run = summarize(metrics, double_gradient_norms, first, state)
+  double_run = summarize(metrics, double_norms, first, state)
   del state
   state, metrics = single.start(), []
   for i in range(ITERATIONS):
     state, _, m = single(state, i)
     metrics.append(m)
-  return Runs(
-    double_run, summarize(metrics, gradient_norms, first, state), forced_metrics, distances
-  )
+  return Runs(double_run, summarize(metrics, single_norms, first, state), forced_metrics, apart)
 
 
 @pytest.mark.parametrize(("kind", "term"), DOUBLE_LOSSES)
@@ -311,11 +325,18 @@ def test_float32_losses_along_the_float64_trajectory(runs, kind, term):
 @pytest.mark.parametrize("iteration", range(ITERATIONS))
 @pytest.mark.parametrize("kind", crn.BRANCHES)
 def test_float32_gradients_along_the_float64_trajectory(runs, kind, iteration):
-  """Every parameter's gradient, as a vector, is within 1e-4 of float64's (measured: 5e-5)."""
+  """Every parameter's gradient, as a vector: 1e-4 at the goldens' weights (measured: 4.6e-5).
+
+  Later states are not so lucky on every processor: where a ReLU's input is zero to within rounding,
+  float32 and float64 stand on different sides of its kink, and the order in which a processor's
+  instructions sum decides. Iterations two and three are held to what one such value leaves: 2e-2
+  (measured: 3.5e-3 with AVX-512; 7e-5 where none is crossed). The losses, which have no kinks, are
+  held to 1e-5 throughout.
+  """
   checked = 0
   for (branch, name), apart in runs.forced_gradients[iteration].items():
     if branch == kind and (kind, name) not in NO_TRUE_GRADIENT:
-      assert apart < 1e-4, name
+      assert apart < (1e-4 if iteration == 0 else 2e-2), name
       checked += 1
   assert checked > 150
 
