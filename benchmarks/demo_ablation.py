@@ -17,7 +17,7 @@ from crn_jax import train
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/ablation", "Folder of the runs.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Number of seeds.")
-_EPOCHS = flags.DEFINE_integer("epochs", 3, "Epochs of each run.")
+_EPOCHS = flags.DEFINE_integer("epochs", 4, "Epochs of each run.")
 
 # Each row adds one part to the row above; the first also attends to padding and loses the markers.
 _ROWS = (
