@@ -6,6 +6,7 @@ import sys
 
 # Before TensorFlow is first imported: its start-up notices are of no use to anybody here.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 from absl import app, flags, logging
 from ml_collections import config_flags

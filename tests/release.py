@@ -1,6 +1,8 @@
 """Golden numbers and weights of the release, for parity tests (see tests/goldens/README.md)."""
 
 import contextlib
+import ctypes
+import gc
 import json
 import pathlib
 
@@ -33,6 +35,16 @@ def double_precision():
   enable = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
   with enable(True):
     yield
+
+
+def release_memory() -> None:
+  """Gives what was freed back to the system, where it is Linux's C library that keeps it.
+
+  The parity tests free and allocate gigabytes in turn, of which it would keep half.
+  """
+  gc.collect()
+  with contextlib.suppress(OSError, AttributeError):
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def config(dtype: str = "float32"):

@@ -132,7 +132,9 @@ class Trainer:
     state, metrics = self.update(state.replace(opt_state=opt_state), batch(i, self.dtype))
     gradients = {k: state.opt_state[k][0] for k in crn.BRANCHES}
     state = state.replace(opt_state={k: state.opt_state[k][1] for k in crn.BRANCHES})
-    return state, gradients, {k: float(v) for k, v in metrics.items()}
+    metrics = {k: float(v) for k, v in metrics.items()}
+    release.release_memory()
+    return state, gradients, metrics
 
 
 @jax.jit
@@ -195,6 +197,7 @@ def summarize(metrics, gradient_norms, first, state) -> Run:
 @pytest.fixture(scope="module")
 def runs() -> Runs:
   """All is computed once, in an order that keeps few states alive at a time."""
+  release.release_memory()
   single = Trainer("float32")
   # The recipe's weights are float32 numbers: all start from the same.
   first = {k: v.copy() for k, v in by_name(single.start().params)}
