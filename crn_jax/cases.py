@@ -111,9 +111,10 @@ def attention_rows(
     words = shown_words(split.queries.texts[query], table)
     local, global_ = attention["local"][i], attention["global"][i]
     if not config.model.mask_padding and len(words) < len(local):
-      # There padding acts like words: left out, the shares would not sum to all.
+      # There padding acts like words: left out, the shares would not sum to all. Its shares in the
+      # local branch are added; of where it looks in the global branch the mean is shown.
       n = len(words)
-      words = [*words, Word(f"{len(local) - n} x padding", "sum, mean")]
+      words = [*words, Word(f"{len(local) - n} x padding", "together")]
       local = np.concatenate([local[:n], local[n:].sum(axis=0, keepdims=True)])
       global_ = np.concatenate([global_[:n], global_[n:].mean(axis=0, keepdims=True)])
     picture = images.decode(split.image_paths[split.queries.reference[query]])

@@ -23,7 +23,7 @@ _WORDS_PER_LINE = 10
 _REFERENCE = 160
 _SIDE = 78  # Between reference and heat maps: names of the branches.
 _NOTE = 15
-_LABEL = 34  # A word and its note.
+_LABEL = 38  # A word and its note, with room for descenders.
 _LINE = _LABEL + 2 * (_CELL + _NOTE + 4) + _GAP  # A line of words with their maps.
 _BAR = 20
 _LEGEND_LINE = 44
@@ -255,9 +255,9 @@ def _draw_maps(sheet, draw, y: int, row: AttentionRow, ends, fonts: _Fonts) -> N
 def _draw_word(draw, x: int, y: int, word: Word, fonts: _Fonts) -> None:
   (line,) = canvas.wrap(word.text, fonts.text, _CELL, max_lines=1) or [""]
   colour = canvas.FAINT if word.note else canvas.INK
-  draw.text((x, y + _LABEL - 2), word.note, fill=canvas.FAINT, font=fonts.note, anchor="ls")
-  lift = 16 if word.note else 2
-  draw.text((x, y + _LABEL - lift - 1), line, fill=colour, font=fonts.text, anchor="ls")
+  draw.text((x, y + _LABEL - 6), word.note, fill=canvas.FAINT, font=fonts.note, anchor="ls")
+  lift = 20 if word.note else 6
+  draw.text((x, y + _LABEL - lift), line, fill=colour, font=fonts.text, anchor="ls")
 
 
 def _draw_bars(draw, y: int, row: AttentionRow, end: float, fonts: _Fonts) -> None:
