@@ -68,7 +68,9 @@ def results_as_text(results: dict) -> str:
   """The results of an evaluation, as in eval.json, for a terminal."""
   intervals = "Recall in percent; behind it the 95 % bootstrap interval over queries."
   parts = [f"{describe(results)}\n{intervals}", *map(as_text, result_tables(results))]
-  return "\n\n".join([*parts, *notes(results)])
+  if lines := notes(results):
+    parts.append("\n".join(lines))
+  return "\n\n".join(parts)
 
 
 def result_tables(results: dict) -> list[Table]:
@@ -138,5 +140,5 @@ def notes(results: dict) -> list[str]:
     ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
     notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
   if "skipped" in results:
-    notes.append(holes.describe_skipped(results["skipped"]))
+    notes += holes.describe_skipped(results["skipped"]).splitlines()
   return notes
