@@ -111,7 +111,7 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
     "the data sets": lambda r: r["dataset"],
     "the numbers of queries": lambda r: r["n_queries"],
     "the captions": lambda r: r["captions"],
-    "the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
+    "the uses of the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
     "the protocol of the breakdown by query": lambda r: r["breakdown_protocol"],
     "the skipped data": lambda r: (
       ", ".join(f"{k} {v}" for k, v in flat(r.get("skipped") or {}).items()) or "none"
