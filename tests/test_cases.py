@@ -164,7 +164,7 @@ def test_attention_of_a_model_sums_to_one_and_belongs_to_its_query(tmp_path, pre
   encoder = Encoder.create(model, config, parallel)
   variables = parallel.replicate(tiny_model.variables(config))
   table, split = made_up.vocabulary(config), made_up.split(tmp_path)
-  chosen = np.array([3, 12, 0, 5, 6, 7, 8, 9, 19])  # More than a batch.
+  chosen = np.array([3, 12, 0, 5, 6, 7, 8, 9, 18])  # More than a batch; first and last differ.
   found = encoder.attention(variables, split, chosen, table)
   words = config.data.max_words
   counted = np.ones((len(chosen), words), bool)

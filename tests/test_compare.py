@@ -109,7 +109,8 @@ class TestNotComparable:
       ({"dataset": "demo/dress"}, "the data sets differ: fashioniq/dress in a, demo/dress in b"),
       ({"n_queries": 7}, "the numbers of queries differ: 20 in a, 7 in b"),
       ({"captions": "separate"}, "the captions differ: joined in a, separate in b"),
-      ({"exclude_reference": False}, "the uses of the reference image differ: excluded in a, kept in b"),
+      ({"exclude_reference": False}, "the uses of the reference image differ: excluded in a, "
+                                     "kept in b"),
       (
         {"selection": "best", "also": None, "best_metric": "val_split/R@1"},
         "the choices of the checkpoint differ: last and best by val_split/R@10 in a, "

@@ -145,6 +145,7 @@ class TestComparison:
     self.draw(courses, bars, tmp_path)
     upper, lower = figures[0].axes
     assert [line.get_label() for line in upper.get_lines()] == ["a", "b"]
+    assert upper.get_ylim()[1] > 7
     assert [t.get_text() for t in lower.get_legend().get_texts()] == ["a", "b", "c"]
 
   def test_without_any_course_only_the_bars_are_drawn(self, figures, tmp_path):
