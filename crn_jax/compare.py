@@ -159,7 +159,8 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
     "captions": lambda r: r["captions"],
     "reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
     "checkpoint step": lambda r: r["checkpoint_step"],
-    "selection": lambda r: " and ".join(_choices(r)),
+    "selection": lambda r: " and ".join(filter(None, (r["selection"], r.get("also")))),
+    "best by": lambda r: r["best_metric"],
   }
   shown = [
     table(
