@@ -48,7 +48,7 @@ class TestResult:
     runs = [add("a"), add("b", change=lambda c: c.optimizer.update(learning_rate=1e-4))]
     shown = compare.compare(runs, tmp_path / "out")
     for part in ("fashioniq/dress", "val_split", "original_split", "gallery", "25", "30",
-                 "excluded", "joined", "checkpoint step", "last and best", "best by", "val_split/R@10",
+                 "excluded", "joined", "checkpoint step", "last and best", "best by",
                  "Image only queries", "optimizer.learning_rate", "0.0001",
                  str(tmp_path / "out" / "compare.html")):  # fmt: skip
       assert part in shown, part
