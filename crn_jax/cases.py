@@ -7,16 +7,13 @@ import numpy as np
 
 from crn_jax import evaluate, ranking
 from crn_jax.encode import Encoded
-from crn_jax.input_pipeline import images, vocabulary
+from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline.vocabulary import RESERVED, UNK, Vocabulary
 from crn_jax.pictures.attention import AttentionRow, Word
 from crn_jax.pictures.grid import GridRow
 
 TOP = 10  # Images shown of a ranking; a target among them counts as found.
-
-# Names of the reserved words in a picture.
-_MARKER_NAMES = {vocabulary.AND: "AND", vocabulary.BOS: "BOS", vocabulary.EOS: "EOS"}
 
 
 def spread(rows: Sequence[int], count: int) -> np.ndarray:
@@ -39,7 +36,9 @@ def found(ranks: np.ndarray, count: int) -> np.ndarray:
 def missed(ranks: np.ndarray, count: int) -> np.ndarray:
   """Queries whose target is not among the first `TOP`, evenly from the nearest miss to the worst.
 
-  Args: as of `found`.
+  Args:
+    ranks: [queries] int, 0-based rank of the target.
+    count: how many at most.
   """
   order = np.argsort(ranks, kind="stable")
   return spread(order[ranks[order] >= TOP], count)
@@ -112,9 +111,10 @@ def attention_rows(
     words = shown_words(split.queries.texts[query], table)
     local, global_ = attention["local"][i], attention["global"][i]
     if not config.model.mask_padding and len(words) < len(local):
-      # There padding acts like words: left out, the shares would not sum to all.
+      # There padding acts like words: left out, the shares would not sum to all. Its shares in the
+      # local branch are added; of where it looks in the global branch the mean is shown.
       n = len(words)
-      words = [*words, Word(f"{len(local) - n} x padding", "sum, mean")]
+      words = [*words, Word(f"{len(local) - n} x padding", "together")]
       local = np.concatenate([local[:n], local[n:].sum(axis=0, keepdims=True)])
       global_ = np.concatenate([global_[:n], global_[n:].mean(axis=0, keepdims=True)])
     picture = images.decode(split.image_paths[split.queries.reference[query]])
@@ -136,23 +136,13 @@ def attention_rows(
 
 def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
   """The words of a query as the model reads them: cut, with markers; unknown ones as they stand."""
-  ids, mask = table.encode(texts)
-  ids = ids[mask]
-  if table.markers == "tokens":
-    written = ["BOS"]
-    for i, text in enumerate(texts):
-      written += ["AND"] * (i > 0) + vocabulary.tokenize(text)
-    written.append("EOS")
-  else:
-    text = texts[0] if len(texts) == 1 else f"<BOS> {' <AND> '.join(texts)} <EOS>"
-    written = vocabulary.tokenize(text) or [""]
-  words = []
-  for i, word in zip(ids, written, strict=False):  # A text that was cut has more words than ids.
-    if int(i) in _MARKER_NAMES:
-      words.append(Word(_MARKER_NAMES[int(i)], "marker"))
-    else:
-      words.append(Word(word, "unknown" if i == vocabulary.UNK else ""))
-  return words
+
+  def note(i):
+    if i == UNK:
+      return "unknown"
+    return "marker" if i < len(RESERVED) else ""
+
+  return [Word(word.strip("<>"), note(i)) for word, i in table.read(texts)]
 
 
 def _text(split: EvalSplit, query: int) -> str:

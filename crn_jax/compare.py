@@ -1,13 +1,15 @@
 """Finished runs side by side: a table, compare.png and compare.html."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-from crn_jax import evaluate, history, page
+from crn_jax import evaluate, history, page, tables
 from crn_jax.pictures import curves
+from crn_jax.run import flat
 
 _KEYS = ("dataset", "checkpoint_step", "selection", "captions", "exclude_reference", "best_metric",
          "breakdown_protocol", "n_queries", "protocols", "by_query")  # fmt: skip
@@ -56,18 +58,18 @@ def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
   out = pathlib.Path(out)
   picture, html = out / "compare.png", out / "compare.html"
   draw(runs, picture)
-  warnings, tables, differing = not_comparable(runs), result_tables(runs), differences(runs)
+  warnings, results, differing = not_comparable(runs), result_tables(runs), differences(runs)
   page.write(
     "compare.html",
     html,
     title=f"Comparison of {len(runs)} runs",
     warnings=warnings,
-    tables=tables,
+    tables=results,
     figure=page.Figure("Recalls", picture, "whiskers: 95 % bootstrap interval over queries"),
     differences=differing,
   )
   lines = [f"WARNING, not comparable: {w}" for w in warnings]
-  lines += [_as_text(t) for t in (*tables, differing)]
+  lines += [tables.as_text(t) for t in (*results, differing)]
   return "\n\n".join([*lines, f"written:\n  {picture}\n  {html}"])
 
 
@@ -80,7 +82,9 @@ def load(workdir: str | os.PathLike, name: str) -> Run:
   """
   workdir = pathlib.Path(workdir)
   config = _read(
-    workdir / "config.json", f"{workdir} holds no run; --workdirs takes folders of runs"
+    workdir / "config.json",
+    missing=f"{workdir} holds no run; --workdirs takes folders of runs",
+    damaged="restore it, or leave this run out",
   )
   path = workdir / "eval.json"
   mend = (
@@ -88,14 +92,17 @@ def load(workdir: str | os.PathLike, name: str) -> Run:
     "run's --config"
   )
   results = _read(
-    path, f"the run in {workdir} is not finished. Start its command again to finish it, or {mend}"
+    path,
+    missing=f"the run in {workdir} is not finished. Start its command again to finish it, or "
+    f"{mend}",
+    damaged=mend,
   )
-  missing = [key for key in _KEYS if key not in results]
-  if not missing and any("intervals" not in p for p in results["protocols"].values()):
-    missing = ["intervals"]
-  if missing:
-    raise ValueError(f"{path}: lacks {', '.join(missing)}, so an older version wrote it; {mend}")
-  return Run(name, results, page.flat(config), history.read(workdir))
+  lacking = [key for key in _KEYS if key not in results]
+  if not lacking and any("intervals" not in p for p in results["protocols"].values()):
+    lacking = ["intervals"]
+  if lacking:
+    raise ValueError(f"{path}: lacks {', '.join(lacking)}, so an older version wrote it; {mend}")
+  return Run(name, results, flat(config), history.read(workdir))
 
 
 def not_comparable(runs: Sequence[Run]) -> list[str]:
@@ -104,13 +111,10 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
     "the data sets": lambda r: r["dataset"],
     "the numbers of queries": lambda r: r["n_queries"],
     "the captions": lambda r: r["captions"],
-    "the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
-    "the choice of the checkpoint": lambda r: (
-      f"best by {r['best_metric']}" if r["selection"] == "best" else r["selection"]
-    ),
+    "the uses of the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
     "the protocol of the breakdown by query": lambda r: r["breakdown_protocol"],
     "the skipped data": lambda r: (
-      ", ".join(f"{k} {v}" for k, v in page.flat(r.get("skipped") or {}).items()) or "none"
+      ", ".join(f"{k} {v}" for k, v in flat(r.get("skipped") or {}).items()) or "none"
     ),
   }
   protocols = dict.fromkeys(p for run in runs for p in run.results["protocols"])
@@ -119,11 +123,18 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
       r["protocols"].get(p, {}).get("gallery", "not measured")
     )
   warnings = []
+
+  def warn(what, values):
+    named = ", ".join(f"{v} in {run.name}" for v, run in zip(values, runs, strict=True))
+    warnings.append(f"{what} differ: {named}")
+
   for what, fact in facts.items():
-    values = {run.name: fact(run.results) for run in runs}
-    if len(set(values.values())) > 1:
-      named = ", ".join(f"{value} in {name}" for name, value in values.items())
-      warnings.append(f"{what} differ: {named}")
+    values = [fact(run.results) for run in runs]
+    if len(set(values)) > 1:
+      warn(what, values)
+  choices = [_choices(run.results) for run in runs]
+  if not set.intersection(*map(set, choices)):
+    warn("the choices of the checkpoint", [" and ".join(c) for c in choices])
   for run in runs:
     epochs, wanted = run.recorded.series("epoch")[1], run.config.get("num_epochs")
     if len(epochs) and wanted and round(epochs[-1], 2) < wanted:
@@ -131,16 +142,16 @@ def not_comparable(runs: Sequence[Run]) -> list[str]:
   return warnings
 
 
-def result_tables(runs: Sequence[Run]) -> list[page.Table]:
+def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
   """Tables with one column a run: what was evaluated, recalls by protocol and by query."""
   results = [run.results for run in runs]
   header = ("", *(run.name for run in runs))
 
   def table(title, rows, note=""):
-    return page.Table(title, header, tuple(rows), note)
+    return tables.Table(title, header, tuple(rows), note)
 
   def row(name, parts, metric):
-    return name, tuple(page.recall_cells(part, [metric])[0] for part in parts)
+    return name, tuple(tables.recall_cells(part, [metric])[0] for part in parts)
 
   evaluated = {
     "data set": lambda r: r["dataset"],
@@ -148,49 +159,49 @@ def result_tables(runs: Sequence[Run]) -> list[page.Table]:
     "captions": lambda r: r["captions"],
     "reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
     "checkpoint step": lambda r: r["checkpoint_step"],
-    "selection": lambda r: (
-      f"best by {r['best_metric']} on these queries" if r["selection"] == "best" else "last"
-    ),
+    "selection": lambda r: " and ".join(filter(None, (r["selection"], r.get("also")))),
+    "best by": lambda r: r["best_metric"],
   }
-  tables = [
+  shown = [
     table(
       "Evaluated",
-      [(n, tuple(page.Cell(str(fact(r))) for r in results)) for n, fact in evaluated.items()],
+      [(n, tuple(tables.Cell(str(fact(r))) for r in results)) for n, fact in evaluated.items()],
+      "Best checkpoints were chosen on these very queries, which flatters them.",
     )
   ]
   metrics = _metrics(runs)
   for protocol in dict.fromkeys(p for r in results for p in r["protocols"]):
     parts = [r["protocols"].get(protocol, {}) for r in results]
-    rows = [("gallery", tuple(page.Cell(str(p.get("gallery", "-"))) for p in parts))]
+    rows = [("gallery", tuple(tables.Cell(str(p.get("gallery", "-"))) for p in parts))]
     rows += [row(m, parts, m) for m in metrics]
     # The other checkpoint stands beside the evaluated one, so that neither is shown alone.
     beside = [(r.get("beside") or [{}])[0] for r in results]
     if any(beside):
       steps = tuple(
-        page.Cell(f"{b['selection']}, step {b['checkpoint_step']}" if b else "-") for b in beside
+        tables.Cell(f"{b['selection']}, step {b['checkpoint_step']}" if b else "-") for b in beside
       )
       rows.append(("beside it", steps))
       others = [b.get("protocols", {}).get(protocol, {}) for b in beside]
       rows += [row(f"  {m}", others, m) for m in metrics]
-    tables.append(table(protocol, rows))
+    shown.append(table(protocol, rows))
   for kind in evaluate.QUERY_KINDS[1:]:
     parts = [r["by_query"].get(kind, {}) for r in results]
     title = f"{kind.replace('_', ' ')} queries, {results[0]['breakdown_protocol']}"
-    tables.append(table(title.capitalize(), [row(m, parts, m) for m in metrics]))
-  return tables
+    shown.append(table(title.capitalize(), [row(m, parts, m) for m in metrics]))
+  return shown
 
 
-def differences(runs: Sequence[Run]) -> page.Table:
+def differences(runs: Sequence[Run]) -> tables.Table:
   """The fields of the configurations in which the runs differ."""
   fields = dict.fromkeys(field for run in runs for field in run.config if field not in _PLACES)
   rows = []
   for field in fields:
     values = [json.dumps(run.config[field]) if field in run.config else "-" for run in runs]
     if len(set(values)) > 1:
-      rows.append((field, tuple(page.Cell(v) for v in values)))
+      rows.append((field, tuple(tables.Cell(v) for v in values)))
   note = "" if rows else "None: the runs have the same configuration."
   header = ("field", *(run.name for run in runs))
-  return page.Table("Fields in which the configurations differ", header, tuple(rows), note)
+  return tables.Table("Fields in which the configurations differ", header, tuple(rows), note)
 
 
 def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
@@ -217,26 +228,30 @@ def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
   )
 
 
-def _read(path: pathlib.Path, mend: str) -> dict:
+def _choices(results: dict) -> list[str]:
+  """All that the evaluated checkpoint is: the last one, the best one, or both."""
+  words = {"last": "last", "best": f"best by {results['best_metric']}"}
+  return [words[name] for name in (results["selection"], results.get("also")) if name]
+
+
+def _read(path: pathlib.Path, *, missing: str, damaged: str) -> dict:
+  """Content of a JSON file; `missing` and `damaged` say what then is and how to go on."""
   try:
     content = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
-    raise FileNotFoundError(f"{path}: not found, so {mend}") from None
+    raise FileNotFoundError(f"{path}: not found, so {missing}") from None
   except ValueError as error:
-    raise ValueError(f"{path}: not valid JSON ({error}); evaluate the run again") from error
+    raise ValueError(f"{path}: not valid JSON ({error}); {damaged}") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path}: expected a JSON object; evaluate the run again")
+    raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; {damaged}")
   return content
 
 
 def _names(folders: Sequence[pathlib.Path]) -> list[str]:
-  """Last parts of the paths, as many as tell the runs apart."""
+  """Last parts of the paths of different folders, as many as tell them apart."""
   parts = [f.resolve().parts for f in folders]
-  for count in range(1, max(map(len, parts)) + 1):
-    names = ["/".join(p[-count:]) for p in parts]
-    if len(set(names)) == len(names):
-      return names
-  raise ValueError(f"--workdirs: two of {', '.join(map(str, folders))} are the same folder")
+  tries = (["/".join(p[-n:]) for p in parts] for n in itertools.count(1))
+  return next(names for names in tries if len(set(names)) == len(names))
 
 
 def _metrics(runs: Sequence[Run]) -> list[str]:
@@ -245,17 +260,3 @@ def _metrics(runs: Sequence[Run]) -> list[str]:
     m for run in runs for p in run.results["protocols"].values() for m in evaluate.metric_names(p)
   }
   return sorted(names, key=lambda name: int(name.partition("@")[2]))
-
-
-def _as_text(table: page.Table) -> str:
-  lines = [table.header, *((name, *map(str, cells)) for name, cells in table.rows)]
-  widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
-  text = [table.title]
-  if table.rows:
-    text += [
-      "  "
-      + line[0].ljust(widths[0])
-      + "".join("  " + cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True))
-      for line in lines
-    ]
-  return "\n".join([*text, *([table.note] if table.note else [])])

@@ -12,7 +12,6 @@ import numpy as np
 
 from crn_jax import ranking
 from crn_jax.encode import Encoded, Encoder
-from crn_jax.input_pipeline import holes
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
@@ -196,58 +195,12 @@ def metric_names(recalls: dict) -> list[str]:
 
 def describe_selection(results: dict) -> str:
   """How the evaluated checkpoint was chosen, in words."""
-  step = results["checkpoint_step"]
+  step, chosen = results["checkpoint_step"], f"by {results['best_metric']} on these queries"
   if results["selection"] == "best":
-    return f"best checkpoint (step {step}), chosen by {results['best_metric']} on these queries"
-  return f"last checkpoint (step {step})"
-
-
-def format_table(results: dict) -> str:
-  """A table for people: recalls with 95 % intervals and the protocol spelled out."""
-  metrics = metric_names(next(iter(results["protocols"].values())))
-  name_width, width = 34, 21
-  lines = [
-    f"{results['dataset']}, {describe_selection(results)}: {results['n_queries']} queries; "
-    f"captions {results['captions']}; reference image "
-    f"{'excluded from' if results['exclude_reference'] else 'kept in'} its ranking",
-    "",
-    "Recall in percent (95 % interval)".ljust(name_width)
-    + "".join(m.rjust(width) for m in metrics),
-  ]
-
-  def row(name, recalls):
-    cells = ""
-    for metric in metrics:
-      low, high = recalls["intervals"][metric]
-      cells += f"{recalls[metric]:.2f} ({low:.1f}-{high:.1f})".rjust(width)
-    lines.append(name.ljust(name_width) + cells)
-
-  sections = results.get("categories", {})
-  for protocol, recalls in results["protocols"].items():
-    if sections:
-      row(f"{protocol} (mean of {len(sections)})", recalls)
-      for name, section in sections.items():
-        own = section["protocols"][protocol]
-        row(f"  {name} (gallery {own['gallery']})", own)
-    else:
-      row(f"{protocol} (gallery {recalls['gallery']})", recalls)
-  lines.append(f"by query, {results['breakdown_protocol']}")
-  for kind, recalls in results["by_query"].items():
-    row(f"  {kind.replace('_', ' ')}", recalls)
-  if "by_text_kind" in results:
-    lines.append(f"by kind of text, {results['breakdown_protocol']}")
-    for kind, recalls in results["by_text_kind"].items():
-      row(f"  {kind} ({recalls['n_queries']} queries)", recalls)
-  for other in results.get("beside", []):
-    lines.append(f"beside it: {describe_selection(other)}")
-    for protocol, recalls in other["protocols"].items():
-      row(f"  {protocol}", recalls)
-  if "ceilings" in results:
-    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
-    lines.append(f"best possible R@10 of half a query on this synthetic set: {ceilings}")
-  if "skipped" in results:
-    lines.append(holes.describe_skipped(results["skipped"]))
-  return "\n".join(lines)
+    also = ", which is the last one, too" if "also" in results else ""
+    return f"best checkpoint (step {step}), chosen {chosen}{also}"
+  also = f", which is the best {chosen}, too" if "also" in results else ""
+  return f"last checkpoint (step {step}){also}"
 
 
 def breakdown_protocol(config: ml_collections.ConfigDict) -> str:

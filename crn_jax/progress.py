@@ -27,7 +27,7 @@ class Progress:
     self._bar = tqdm.tqdm(
       initial=start * self._batch_size,
       total=total_steps * self._batch_size,
-      unit="example",
+      unit=" examples",
       mininterval=0.5 if sys.stderr.isatty() else 30.0,  # A log file needs no animation.
       dynamic_ncols=True,
     )
@@ -40,6 +40,8 @@ class Progress:
 
   def stepped(self, metrics: dict) -> None:
     """Notes the metrics of one more step."""
+    if self._bar.n == self._bar.initial:
+      self._bar.unpause()  # The first step was compiled, which says nothing of the time left.
     self._step += 1
     self._pending.append(metrics)
     self._bar.set_description(
@@ -62,13 +64,15 @@ class Progress:
     values["examples_per_second"] = len(fetched) * self._batch_size / (now - self._since)
     values["peak_memory_gib"] = logs.peak_memory_gib()
     self._pending, self._since = [], now
-    shown = {name: f"{values[f'{name}/total']:.3f}" for name in BRANCHES}
-    self._bar.set_postfix(**shown, memory=f"{values['peak_memory_gib']:.1f} GiB", refresh=False)
+    losses = ", ".join(f"{name} {values[f'{name}/total']:.3f}" for name in BRANCHES)
+    memory = f"memory {values['peak_memory_gib']:.1f} GiB"
+    self._bar.set_postfix_str(f"loss {losses}, {memory}", refresh=False)
     return values
 
   def say(self, text: str) -> None:
     """Prints a line above the progress line; the time until now does not count as training."""
     self._bar.write(text)
+    self._bar.unpause()
     self._since = time.monotonic()
 
 

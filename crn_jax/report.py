@@ -1,17 +1,15 @@
 """What a run shows at its end: eval.json, pictures and report.html."""
 
 import dataclasses
-import json
 import os
 import pathlib
 
 import ml_collections
 import numpy as np
 
-from crn_jax import cases, evaluate, history, page, ranking, run
+from crn_jax import cases, evaluate, history, page, ranking, run, tables
 from crn_jax.encode import Encoder
 from crn_jax.evaluate import Evaluation
-from crn_jax.input_pipeline import holes
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
@@ -30,7 +28,6 @@ class _Section:
 
   title: str
   figures: tuple[page.Figure, ...]
-  note: str = ""
 
 
 def write(
@@ -62,16 +59,15 @@ def write(
     figures = _grids(config, folder, split, evaluation)
     figures.append(_attention(encoder, variables, vocabulary, folder, split, evaluation))
     sections.append(_Section(f"Queries: {split.name}", tuple(figures)))
-  fields = page.flat(json.loads(config.to_json_best_effort()))
   page.write(
     "report.html",
     workdir / "report.html",
     title=f"{config.name}: composed image retrieval on {results['dataset']}",
-    summary=page.describe(results),
-    tables=page.result_tables(results),
-    notes=_notes(results),
+    summary=tables.describe(results),
+    tables=tables.result_tables(results),
+    notes=tables.notes(results),
     sections=sections,
-    config=fields,
+    config=run.flat(run.as_json(config)),
     preset=config.preset,
   )
   drawn = [figure.path for section in sections for figure in section.figures]
@@ -91,29 +87,36 @@ def title(split: EvalSplit, protocol: str, results: dict) -> str:
   )
 
 
-def recall_curves(config: ml_collections.ConfigDict, evaluation: Evaluation, dataset: Dataset):
-  """Recall at every cut-off: [RecallCurve], composed queries in both protocols first.
+def recall_curves(
+  config: ml_collections.ConfigDict, evaluation: Evaluation, dataset: Dataset
+) -> list[curves.RecallCurve]:
+  """Recall at every cut-off: composed queries in every protocol, then the other kinds of query.
 
-  Over several splits the recalls are means, as in the results.
+  Over several splits the recalls are means, as in the results. Protocols whose galleries hold the
+  same images share a curve, as one would hide the other.
   """
   chosen = evaluate.breakdown_protocol(config)
-  protocols = list(dataset.evals[0].galleries)
-  protocols.sort(key=lambda p: p != chosen)
-  kinds = [(p, "composed") for p in protocols]
-  kinds += [(chosen, kind) for kind in evaluate.QUERY_KINDS if kind != "composed"]
+  same = {  # Protocol -> all those with the same galleries.
+    p: [
+      q
+      for q in dataset.evals[0].galleries
+      if all(set(s.galleries[p]) == set(s.galleries[q]) for s in dataset.evals)
+    ]
+    for p in dataset.evals[0].galleries
+  }
+  others = [names[0] for p, names in same.items() if names[0] == p and chosen not in names]
+  lines = [(p, "composed") for p in (chosen, *others)]
+  lines += [(chosen, kind) for kind in evaluate.QUERY_KINDS if kind != "composed"]
   found = []
-  for protocol, kind in kinds:
+  for protocol, kind in lines:
     galleries = [len(s.galleries[protocol]) for s in dataset.evals]
     ranks = [evaluation.ranks[s.name][protocol][kind] for s in dataset.evals]
-    ks = range(1, min(max(_CUT_OFFS, *config.eval.recall_at), *galleries, 10**9) + 1)
+    ks = range(1, min(max(_CUT_OFFS, *config.eval.recall_at), *galleries) + 1)
     recalls = np.mean([list(ranking.recall_at_k(r, ks).values()) for r in ranks], axis=0)
     intervals = np.asarray([ranking.recall_interval(ranks, k, draws=_DRAWS) for k in ks])
-    label = f"{kind.replace('_', ' ')}, {protocol} (gallery {sum(galleries)})"
-    same = [c for c in found if kind == "composed" and np.array_equal(c.recalls, recalls)]
-    if same:  # Two equal galleries: two lines on each other would show as one anyway.
-      found[0] = dataclasses.replace(same[0], label=f"{same[0].label} = {protocol}")
-    else:
-      found.append(curves.RecallCurve(label, recalls, intervals))
+    names = " = ".join(same[protocol]) if kind == "composed" else protocol
+    label = f"{kind.replace('_', ' ')}, {names} (gallery {sum(galleries)})"
+    found.append(curves.RecallCurve(label, recalls, intervals))
   return found
 
 
@@ -124,7 +127,7 @@ def _curves(config, workdir, dataset: Dataset, evaluation: Evaluation) -> _Secti
     recall_curves(config, evaluation, dataset),
     config.eval.recall_at,
     path,
-    title=f"{page.describe(results)}\n{_sentence(evaluate.describe_selection(results))}",
+    title=f"{tables.describe(results)}\n{_sentence(evaluate.describe_selection(results))}",
   )
   figures = [page.Figure("Recall at every cut-off", path, "dots at the reported ones")]
   recorded = history.read(workdir)
@@ -179,14 +182,3 @@ def _attention(encoder, variables, vocabulary, folder, split, evaluation) -> pag
 
 def _sentence(text: str) -> str:
   return text[:1].upper() + text[1:] + "."
-
-
-def _notes(results: dict) -> list[str]:
-  """What else belongs to the results, in sentences."""
-  notes = []
-  if "ceilings" in results:
-    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
-    notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
-  if "skipped" in results:
-    notes.append(holes.describe_skipped(results["skipped"]))
-  return notes

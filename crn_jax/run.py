@@ -29,7 +29,7 @@ def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
 
 def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:
   """Writes config.json."""
-  write_json(_as_json(config), pathlib.Path(workdir) / "config.json")
+  write_json(as_json(config), pathlib.Path(workdir) / "config.json")
 
 
 def save_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
@@ -76,8 +76,8 @@ def check_config(
   path = pathlib.Path(workdir) / "config.json"
   if not path.exists():
     return
-  saved = _flatten(_read_json(path))
-  wanted = _flatten(_as_json(config))
+  saved = flat(_read_json(path))
+  wanted = flat(as_json(config))
   differences = [
     f"{name}: {saved.get(name, 'absent')!r} in the run, {wanted.get(name, 'absent')!r} now"
     for name in sorted(saved.keys() | wanted.keys())
@@ -93,6 +93,22 @@ def check_config(
     )
 
 
+def as_json(config: ml_collections.ConfigDict) -> dict:
+  """The configuration as config.json holds it."""
+  return json.loads(config.to_json_best_effort())
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+  """A nested configuration as {"data.root": value}."""
+  fields = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      fields |= flat(value, f"{prefix}{name}.")
+    else:
+      fields[prefix + name] = value
+  return fields
+
+
 def _saved_data(workdir: str | os.PathLike) -> dict:
   path = pathlib.Path(workdir) / "data.json"
   return _read_json(path) if path.exists() else {}
@@ -105,17 +121,3 @@ def _read_json(path: pathlib.Path) -> dict:
     raise ValueError(
       f"{path}: not valid JSON ({error}); restore it or choose another --workdir"
     ) from error
-
-
-def _as_json(config: ml_collections.ConfigDict) -> dict:
-  return json.loads(config.to_json_best_effort())
-
-
-def _flatten(tree: dict, prefix: str = "") -> dict:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, dict):
-      flat |= _flatten(value, f"{prefix}{key}.")
-    else:
-      flat[prefix + key] = value
-  return flat

@@ -7,7 +7,7 @@ import pathlib
 import jax
 import ml_collections
 
-from crn_jax import checkpoint, evaluate, logs, optimizer, report, run, weights
+from crn_jax import checkpoint, evaluate, logs, optimizer, report, run, tables, weights
 from crn_jax.encode import Encoder
 from crn_jax.input_pipeline import holes, loader
 from crn_jax.input_pipeline.datasets import open_dataset
@@ -88,7 +88,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
       )  # fmt: skip
     checkpoints.require(plan.total_steps)
     best = checkpoints.best_step()
-    if best not in (None, plan.total_steps):
+    if best == plan.total_steps:
+      evaluation.results["also"] = "best"
+    elif best is not None:
       evaluation.results["beside"] = [checkpoints.results(best) | {"selection": "best"}]
   shown = _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
   with logs.Log(workdir, plan.total_steps) as log:
@@ -213,6 +215,8 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         state = parallel.replicate(checkpoints.restore(step, jax.eval_shape(like)))
         evaluations[name] = _evaluate(encoder, state, dataset, vocabulary, step, name)
   evaluation = evaluations.pop(which)
+  if steps["best"] == steps["last"]:
+    evaluation.results["also"] = "best" if which == "last" else "last"
   if evaluations:
     evaluation.results["beside"] = [other.results for other in evaluations.values()]
   return _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
@@ -254,5 +258,5 @@ def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last
 
 def _conclude(encoder, state, vocabulary, workdir, dataset, evaluation) -> str:
   written = report.write(encoder, state.eval_variables(), vocabulary, workdir, dataset, evaluation)
-  table = evaluate.format_table(evaluation.results)
-  return "\n".join([table, "", "written:", *(f"  {p}" for p in written)])
+  shown = tables.results_as_text(evaluation.results)
+  return "\n".join([shown, "", "written:", *(f"  {p}" for p in written)])

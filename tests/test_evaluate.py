@@ -110,21 +110,3 @@ def test_unknown_best_metric_lists_what_there_is():
   results = {"best_metric": "val_split/R@7", "protocols": {"val_split": {"gallery": 3, "R@1": 1.0}}}
   with pytest.raises(ValueError, match=r"val_split/R@7.*val_split/R@1"):
     evaluate.best_metric(results)
-
-
-def test_table_spells_out_the_protocol(config, split):
-  results = {
-    "dataset": "fashioniq/dress", "checkpoint_step": 7, "selection": "best", "captions": "joined",
-    "exclude_reference": True, "best_metric": "val_split/R@2", "breakdown_protocol": "val_split",
-    **summarize(encoded(0.2, 0.3), split, config),
-  }  # fmt: skip
-  beside = {**results, "checkpoint_step": 9, "selection": "last"}
-  counts = {"queries": 3, "of_queries": 5, "val_split": 1, "of_val_split": 5,
-            "original_split": 1, "of_original_split": 6, "images_missing": 1}  # fmt: skip
-  skipped = {"val": {"dress": counts}}
-  table = evaluate.format_table({**results, "beside": [beside], "skipped": skipped})
-  for part in ("step 7", "2 queries", "captions joined", "excluded", "val_split (gallery 4)",
-               "original_split (gallery 5)", "image only", "modification (1 queries)",
-               "chosen by val_split/R@2 on these queries",
-               "beside it: last checkpoint (step 9)", "3 of 5 queries"):  # fmt: skip
-    assert part in table

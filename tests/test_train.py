@@ -10,6 +10,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
 
 from crn_jax import checkpoint, history, train
 from crn_jax.interrupt import Interrupted
@@ -134,6 +135,20 @@ def test_a_run_records_its_losses_and_recalls(finished):
   assert {"eval/val_split/R@10", "eval/original_split/R@10"} <= set(records[1])
 
 
+def test_tensorboard_shows_what_was_recorded_and_the_pictures(finished):
+  workdir, _, _ = finished
+  events = event_accumulator.EventAccumulator(str(workdir)).Reload()
+  tags = events.Tags()["tensors"]
+  recorded = history.read(workdir)
+  names = [name for name in recorded.metrics("") if name not in ("step", "epoch")]
+  pictures = [f"pictures/{p.stem}" for p in (workdir / "pictures").glob("*.png")]
+  assert len(pictures) > 3
+  assert sorted(tags) == sorted([*names, *pictures])
+  for name in names:
+    steps = [event.step for event in events.Tensors(name)]
+    assert steps == recorded.series(name)[0].tolist()
+
+
 def test_the_best_checkpoint_is_reported_beside_the_last(finished, root, tmp_path):
   workdir, _, _ = finished
   copy = tmp_path / "copy"
@@ -146,6 +161,9 @@ def test_the_best_checkpoint_is_reported_beside_the_last(finished, root, tmp_pat
     steps = {results["checkpoint_step"], *(r["checkpoint_step"] for r in beside)}
     with checkpoint.Checkpoints(copy / "checkpoints") as checkpoints:
       assert steps == {checkpoints.best_step(), 4}
+    # If there is no other to stand beside it, the results say so.
+    other = {"best": "last", "last": "best"}[which]
+    assert results.get("also") == (other if len(steps) == 1 else None)
 
 
 def test_a_run_is_not_overwritten_by_another_configuration(finished, root):

@@ -91,16 +91,19 @@ class Vocabulary:
     Raises:
       ValueError: no caption at all, or a string in place of a sequence of captions.
     """
-    if isinstance(texts, str) or not texts:
-      raise ValueError(f"expected the captions of one query, e.g. ('is blue',), got {texts!r}")
+    return [i for _, i in self._words(texts)]
+
+  def read(self, texts: Sequence[str]) -> list[tuple[str, int]]:
+    """The words of one query as a model gets them, cut to `max_words`: as written, and their ids.
+
+    Markers with ids of their own are written as in `RESERVED`. Arguments and errors: see `ids`.
+    """
+    words = self._words(texts)
+    if len(words) <= self.max_words:
+      return words
     if self.markers == "tokens":
-      ids = [BOS]
-      for i, text in enumerate(texts):
-        ids += [AND] * (i > 0) + self._lookup(text)
-      return [*ids, EOS]
-    text = texts[0] if len(texts) == 1 else f"<BOS> {' <AND> '.join(texts)} <EOS>"
-    # The release fails on a text without words; one unknown word keeps the mask non-empty.
-    return self._lookup(text) or [UNK]
+      return [*words[: self.max_words - 1], words[-1]]
+    return words[: self.max_words]
 
   def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask of one query.
@@ -116,7 +119,7 @@ class Vocabulary:
     Raises:
       ValueError: no caption at all.
     """
-    ids = self._cut(self.ids(texts))
+    ids = [i for _, i in self.read(texts)]
     row = np.zeros(self.max_words, np.int32)
     row[: len(ids)] = ids
     return row, np.arange(self.max_words) < len(ids)
@@ -184,12 +187,17 @@ class Vocabulary:
     except ValueError as error:
       raise ValueError(f"{path}: {error}") from error
 
-  def _lookup(self, text: str) -> list[int]:
-    return [self._id_of.get(word, UNK) for word in tokenize(text)]
-
-  def _cut(self, ids: list[int]) -> list[int]:
-    if len(ids) <= self.max_words:
-      return ids
+  def _words(self, texts: Sequence[str]) -> list[tuple[str, int]]:
+    """Words and ids of one query, not cut."""
+    if isinstance(texts, str) or not texts:
+      raise ValueError(f"expected the captions of one query, e.g. ('is blue',), got {texts!r}")
     if self.markers == "tokens":
-      return [*ids[: self.max_words - 1], EOS]
-    return ids[: self.max_words]
+      words = [RESERVED[BOS]]
+      for i, text in enumerate(texts):
+        words += [RESERVED[AND]] * (i > 0) + tokenize(text)
+      words.append(RESERVED[EOS])
+    else:
+      text = texts[0] if len(texts) == 1 else f"<BOS> {' <AND> '.join(texts)} <EOS>"
+      # The release fails on a text without words; one unknown word keeps the mask non-empty.
+      words = tokenize(text) or [RESERVED[UNK]]
+    return [(word, self._id_of.get(word, UNK)) for word in words]

@@ -1,7 +1,8 @@
 """The attention between words and positions, drawn as heat maps on the reference image.
 
 A query is drawn as a block: at the left the reference image and the text, at the right its words,
-each with a heat map a branch. The colour scale of a branch is the same in the whole picture.
+each with a heat map a branch, and the mean of the global branch's maps. (The local branch's mean is
+the same at every position.) The colour scale of a branch is the same in the whole picture.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from crn_jax.pictures import canvas
 
@@ -22,6 +23,10 @@ _WORDS_PER_LINE = 10
 _REFERENCE = 160
 _SIDE = 78  # Between reference and heat maps: names of the branches.
 _NOTE = 15
+_LABEL = 38  # A word and its note, with room for descenders.
+_LINE = _LABEL + 2 * (_CELL + _NOTE + 4) + _GAP  # A line of words with their maps.
+_BAR = 20
+_LEGEND_LINE = 44
 _MAX_TITLE_LINES = 4
 _MAX_TEXT_LINES = 10
 _SCALE = (240, 14)
@@ -30,6 +35,7 @@ _OPACITY = 0.62  # Of the colours on the image.
 _LEFT = _MARGIN + _REFERENCE + _GAP
 _WIDTH = _LEFT + _SIDE + _WORDS_PER_LINE * (_CELL + _GAP) - _GAP + _MARGIN
 
+_LANCZOS = Image.Resampling.LANCZOS
 # Even in lightness, and told apart with every kind of colour blindness.
 _COLOURS = (matplotlib.colormaps["viridis"](np.arange(256))[:, :3] * 255).astype(np.uint8)
 
@@ -110,7 +116,7 @@ def attention_maps(rows: Sequence[AttentionRow], path: str | os.PathLike, *, tit
     for row, text, outcome in zip(rows, texts, outcomes, strict=True)
   ]
   top = _MARGIN + canvas.text_height(title_lines, fonts.title) + _GAP
-  legend_height = 2 * canvas.line_height(fonts.text) if pooled else 2 * 44
+  legend_height = 2 * canvas.line_height(fonts.text) if pooled else 2 * _LEGEND_LINE
   first = top + legend_height + _GAP
   height = first + sum(h + 2 * _GAP + _MARGIN for h in heights)
 
@@ -164,19 +170,14 @@ def _mixed(colours: np.ndarray, grey) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class _Fonts:
-  title: object
-  text: object
-  note: object
-
-
-_LANCZOS = Image.Resampling.LANCZOS
-_LABEL = 34  # Height of a word and its note.
-_LINE = _LABEL + 2 * (_CELL + _NOTE + 4) + _GAP  # Height of a line of words with their maps.
-_BAR = 20
+  title: ImageFont.FreeTypeFont
+  text: ImageFont.FreeTypeFont
+  note: ImageFont.FreeTypeFont
 
 
 def _maps_height(row: AttentionRow) -> int:
-  return -(-len(row.words) // _WORDS_PER_LINE) * _LINE
+  n_maps = len(row.words) + 1  # The mean is the last.
+  return -(-n_maps // _WORDS_PER_LINE) * _LINE
 
 
 def _bars_height(row: AttentionRow) -> int:
@@ -212,7 +213,7 @@ def _draw_legend(sheet, draw, y: int, grid, ends, fonts: _Fonts) -> None:
       meaning, fonts.text, _WIDTH - _MARGIN - (x + _SCALE[0] + 2 * _GAP), max_lines=2
     )
     canvas.draw_lines(draw, (x + _SCALE[0] + 2 * _GAP, y), wrapped, fonts.text, canvas.INK)
-    y += 44
+    y += _LEGEND_LINE
 
 
 def _draw_pooled_legend(draw, y: int, fonts: _Fonts) -> None:
@@ -226,31 +227,37 @@ def _draw_pooled_legend(draw, y: int, fonts: _Fonts) -> None:
 
 
 def _draw_maps(sheet, draw, y: int, row: AttentionRow, ends, fonts: _Fonts) -> None:
-  maps = (("local", row.local, ends[0]), ("global", row.global_, ends[1]))
-  for start in range(0, len(row.words), _WORDS_PER_LINE):
-    for i in range(start, min(start + _WORDS_PER_LINE, len(row.words))):
-      x = _LEFT + _SIDE + (i - start) * (_CELL + _GAP)
-      _draw_word(draw, x, y, row.words[i], fonts)
-      top = y + _LABEL
-      for name, weights, end in maps:
-        sheet.paste(overlay(row.reference, weights[i], end, _CELL), (x, top))
-        value = weights[i].mean() if name == "local" else weights[i].max()
-        centre = (x + _CELL / 2, top + _CELL + _NOTE / 2 + 1)
-        draw.text(centre, _percent(value), fill=canvas.FAINT, font=fonts.note, anchor="mm")
-        top += _CELL + _NOTE + 4
-    for j, (name, _, _) in enumerate(maps):
-      middle = y + _LABEL + _CELL / 2 + j * (_CELL + _NOTE + 4)
-      at = (_LEFT + _SIDE - 2 * _GAP, middle)
-      draw.text(at, name, fill=canvas.INK, font=fonts.text, anchor="rm")
-    y += _LINE
+  step = _CELL + _NOTE + 4  # From a branch to the next.
+
+  def heat_map(x, top, weights, end, value):
+    sheet.paste(overlay(row.reference, weights, end, _CELL), (x, top))
+    centre = (x + _CELL / 2, top + _CELL + _NOTE / 2 + 1)
+    draw.text(centre, _percent(value), fill=canvas.FAINT, font=fonts.note, anchor="mm")
+
+  words = [*row.words, Word("all words", "mean")]
+  for i, word in enumerate(words):
+    line, column = divmod(i, _WORDS_PER_LINE)
+    x, top = _LEFT + _SIDE + column * (_CELL + _GAP), y + line * _LINE
+    _draw_word(draw, x, top, word, fonts)
+    top += _LABEL
+    if column == 0:
+      for name, middle in (("local", top + _CELL / 2), ("global", top + step + _CELL / 2)):
+        at = (_LEFT + _SIDE - 2 * _GAP, middle)
+        draw.text(at, name, fill=canvas.INK, font=fonts.text, anchor="rm")
+    if i < len(row.words):
+      heat_map(x, top, row.local[i], ends[0], row.local[i].mean())
+      looks = row.global_[i]
+    else:
+      looks = row.global_.mean(axis=0)
+    heat_map(x, top + step, looks, ends[1], looks.max())
 
 
 def _draw_word(draw, x: int, y: int, word: Word, fonts: _Fonts) -> None:
   (line,) = canvas.wrap(word.text, fonts.text, _CELL, max_lines=1) or [""]
   colour = canvas.FAINT if word.note else canvas.INK
-  draw.text((x, y + _LABEL - 2), word.note, fill=canvas.FAINT, font=fonts.note, anchor="ls")
-  lift = 16 if word.note else 2
-  draw.text((x, y + _LABEL - lift - 1), line, fill=colour, font=fonts.text, anchor="ls")
+  draw.text((x, y + _LABEL - 6), word.note, fill=canvas.FAINT, font=fonts.note, anchor="ls")
+  lift = 20 if word.note else 6
+  draw.text((x, y + _LABEL - lift), line, fill=colour, font=fonts.text, anchor="ls")
 
 
 def _draw_bars(draw, y: int, row: AttentionRow, end: float, fonts: _Fonts) -> None:

@@ -24,6 +24,7 @@ _BRANCH_COLOURS = {"local": COLOURS[0], "global": COLOURS[1]}
 _OTHER_COLOURS = COLOURS[2:6]
 _INK, _FAINT, _RULE = "#1c1c1e", "#69696e", "#d8d8dc"
 _DPI = 120
+_PAD = 0.1  # Around every panel, in inches.
 _COLUMNS = 4
 _TERMS = {  # In the order of the panels.
   "total": "total loss",
@@ -100,13 +101,14 @@ def recall_curves(
   axes.set_ylim(0, 100)
   _dress(axes, "cut-off K (logarithmic)", "queries with the target in the top K (%)")
   _legend(axes, loc="upper left")
-  _write(figure, path, f"{title}\nband: 95 % bootstrap interval over queries")
+  _write(figure, path, f"{title}\nBands: 95 % bootstrap intervals over queries.")
 
 
 def training_curves(history: History, path: str | os.PathLike, *, title: str) -> None:
   """Writes a PNG of small panels over the steps: losses, rates, gradient norms, recalls.
 
-  Panels of which nothing was recorded are left out.
+  Panels of which nothing was recorded are left out, and so are recalls that were measured once:
+  they are results, not a course. Values that are not finite are gaps.
 
   Args:
     history: of the run.
@@ -114,41 +116,45 @@ def training_curves(history: History, path: str | os.PathLike, *, title: str) ->
     title: what the picture shows.
 
   Raises:
-    ValueError: the history is empty.
+    ValueError: there is nothing to draw.
   """
-  panels = [(label, _of_branches(history, term), "linear", "") for term, label in _TERMS.items()]
-  rate = {"both": history.series("train/learning_rate")}
-  panels.append(("learning rate", rate, "linear", ""))
-  panels.append(
-    ("logit scale (1 / temperature)", _of_branches(history, "logit_scale"), "linear", "")
-  )
-  panels.append(("gradient norm (logarithmic)", _of_branches(history, "grad_norm"), "log", ""))
+  panels = [_Panel(label, _of_branches(history, term)) for term, label in _TERMS.items()]
+  panels += [
+    _Panel("learning rate", {"both": history.series("train/learning_rate")}),
+    _Panel("logit scale (1 / temperature)", _of_branches(history, "logit_scale")),
+    _Panel("gradient norm", _of_branches(history, "grad_norm"), logarithmic=True),
+  ]
   recalls = {m.removeprefix("eval/"): history.series(m) for m in history.metrics("eval/")}
+  recalls = {name: line for name, line in recalls.items() if len(line[0]) > 1}
   for protocol in dict.fromkeys(name.partition("/")[0] for name in recalls):
     own = {n.partition("/")[2]: s for n, s in recalls.items() if n.startswith(protocol + "/R@")}
-    panels.append((f"recall, {protocol}", own, "recall", "%"))
-  panels = [p for p in panels if any(len(steps) for steps, _ in p[1].values())]
+    panels.append(_Panel(f"recall, {protocol}", own, recall=True))
+  panels = [p for p in panels if any(np.isfinite(values).any() for _, values in p.lines.values())]
   if not panels:
-    raise ValueError(f"{history}: nothing was recorded")
+    raise ValueError("a picture of a training needs a loss, or a recall that was measured twice")
 
   columns = min(_COLUMNS, len(panels))
   rows = math.ceil(len(panels) / columns)
   figure = Figure(figsize=(3.3 * columns, 2.5 * rows + 0.6), layout="constrained")
   grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
-  for i, (axes, (label, lines, scale, unit)) in enumerate(zip(grid, panels, strict=False)):
-    _draw_lines(axes, lines)
-    axes.set_title(label, fontsize=10, color=_INK, loc="left")
-    if scale == "log" and all((v > 0).all() for _, v in lines.values()):
+  for i, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+    _draw_lines(axes, panel.lines)
+    label = panel.label
+    # A logarithm needs values above 0; comparisons with NaN, which is a gap, are false.
+    if panel.logarithmic and not any((v <= 0).any() for _, v in panel.lines.values()):
+      label += " (logarithmic)"
       axes.set_yscale("log")
-      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+      axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 3, 5)))
       axes.yaxis.set_minor_locator(ticker.NullLocator())
-    if scale == "recall":
+    if panel.recall:
       axes.set_ylim(0, 100)
+    axes.set_title(label, fontsize=10, color=_INK, loc="left")
     axes.yaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
     # Only the lowest panel of a column is labelled.
-    _dress(axes, "step" if i + columns >= len(panels) else "", unit)
-    axes.tick_params(labelbottom=i + columns >= len(panels))
-    if scale == "recall" or i == 0:
+    lowest = i + columns >= len(panels)
+    _dress(axes, "step" if lowest else "", "%" if panel.recall else "")
+    axes.tick_params(labelbottom=lowest)
+    if panel.recall or i == 0:
       _legend(axes, loc="best")
   for axes in grid[len(panels) :]:
     axes.set_visible(False)
@@ -174,7 +180,7 @@ def comparison(
   """
   colours = {run: COLOURS[i % len(COLOURS)] for i, run in enumerate(courses)}
   styles = {run: _STYLES[i // len(COLOURS) % len(_STYLES)] for i, run in enumerate(courses)}
-  drawn = {run: c for run, c in courses.items() if len(c[0])}
+  drawn = {run: c for run, c in courses.items() if np.isfinite(c[1]).any()}
   width = max(9.0, 3.0 + 0.9 * len(bars) + 0.28 * len(bars) * len(courses))
   figure = Figure(figsize=(width, 9 if drawn else 5), layout="constrained")
   if drawn:
@@ -184,20 +190,21 @@ def comparison(
         steps, values, color=colours[run], linestyle=styles[run], marker="o", ms=4, label=run
       )
     upper.set_title(f"{metric} over the training", fontsize=11, color=_INK, loc="left")
-    upper.set_ylim(0, max(5.0, 1.15 * max(v.max() for _, v in drawn.values())))
+    upper.set_ylim(0, max(5.0, 1.15 * max(np.nanmax(v) for _, v in drawn.values())))
     _dress(upper, "step", "%")
     _legend(upper, loc="lower right")
   else:
     lower = figure.subplots()
   share = 0.8 / len(courses)
   for i, (run, colour) in enumerate(colours.items()):
+    lower.bar(0, 0, color=colour, label=run)  # For the legend: the first bar may be missing.
     for j, by_run in enumerate(bars.values()):
       bar = by_run[run]
       if bar is None:
         continue
       x = j - 0.4 + (i + 0.5) * share
       below, above = bar.recall - bar.interval[0], bar.interval[1] - bar.recall
-      lower.bar(x, bar.recall, 0.9 * share, color=colour, label=run if j == 0 else None)
+      lower.bar(x, bar.recall, 0.9 * share, color=colour)
       spread = [[max(below, 0)], [max(above, 0)]]
       lower.errorbar(x, bar.recall, spread, color=_INK, capsize=3, linewidth=1)
       lower.annotate(
@@ -212,6 +219,23 @@ def comparison(
   lower.grid(axis="x", visible=False)
   _legend(lower, loc="upper left")
   _write(figure, path, title)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Panel:
+  """A panel of `training_curves`.
+
+  Attributes:
+    label: its title.
+    lines: name -> (steps, values).
+    logarithmic: whether the values are, if they allow it.
+    recall: whether the values are recalls in percent.
+  """
+
+  label: str
+  lines: dict[str, tuple[np.ndarray, np.ndarray]]
+  logarithmic: bool = False
+  recall: bool = False
 
 
 def _of_branches(history: History, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -245,5 +269,6 @@ def _legend(axes: Axes, loc: str) -> None:
 
 def _write(figure: Figure, path: str | os.PathLike, title: str) -> None:
   figure.suptitle(title, fontsize=10.5, color=_INK, x=0.01, ha="left", wrap=True)
+  figure.get_layout_engine().set(w_pad=_PAD, h_pad=_PAD / 2)
   with files.replacing(path) as temporary:
     figure.savefig(temporary, format="png", dpi=_DPI, facecolor="white")
