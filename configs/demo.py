@@ -13,7 +13,7 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   config = default.get_config(preset)
   config.name = f"demo_{preset}"
   config.seed = 0
-  config.num_epochs = 6
+  config.num_epochs = 7
   config.batch_size = 64
 
   data = config.data
@@ -29,7 +29,7 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   model = config.model
   model.pretrained = ""
   model.backbone.update(
-    embed_dim=48, depths=(1, 1), num_heads=(2, 4), patch_size=8, window_size=4, drop_path_rate=0.0
+    embed_dim=32, depths=(1, 1), num_heads=(2, 4), patch_size=8, window_size=4, drop_path_rate=0.0
   )
   model.map_dim = 128
   model.feature_dim = 128
@@ -53,5 +53,5 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   optimizer.logit_scale_rate = 30.0
 
   config.eval.batch_size = 128
-  config.eval.every_epochs = 3
+  config.eval.every_epochs = 4
   return config
