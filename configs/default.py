@@ -46,8 +46,8 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   backbone.patch_size = 4
   backbone.window_size = 7
   backbone.drop_path_rate = 0.1
-  # File of backbone weights made by convert_torch_weights.py; '' starts from random values.
-  model.pretrained = "weights/swin_large_patch4_window7_224.safetensors"
+  # Folder of backbone weights made by convert_torch_weights.py; '' starts from random values.
+  model.pretrained = "weights/swin_large"
   model.map_dim = 2048
   model.feature_dim = 1024  # Of vectors and words; a multiple of 64.
   model.word_dim = 768
