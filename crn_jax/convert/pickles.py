@@ -28,7 +28,7 @@ _DTYPES = {
 
 # Classes whose instances may stand in a file; they are read as `Stub`s whatever they are called.
 _CLASSES = re.compile(
-  r"(model|blocks|text_model|resnet)|(timm|torch\.nn\.modules|torchvision\.models)(\.\w+)*"
+  r"(model|blocks|text_model|resnet|timm|torch\.nn\.modules|torchvision\.models)(\.\w+)*"
 )
 _CLASSES_BY_NAME = {("argparse", "Namespace")}
 _ORDERED_DICT = ("collections", "OrderedDict")
@@ -290,7 +290,10 @@ def _read_zip(file) -> Any:
 def _read_legacy(file) -> Any:
   """Pickles (magic number, version, system, object, keys of storages), then the storages."""
   size = os.fstat(file.fileno()).st_size
-  if file.read(1) != pickle.PROTO:
+  start = file.read(2)
+  if start == b"PK":
+    raise RefusedError("a zip file that is cut short; fetch it again")
+  if start[:1] != pickle.PROTO:
     raise RefusedError("not a PyTorch file")
   file.seek(0)
   # Tensors are made before their storages are read: keep what they ask for, and fill it in later.

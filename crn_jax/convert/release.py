@@ -90,16 +90,17 @@ def to_release(kind: str, tree: Mapping, shapes: Mapping[str, tuple]) -> dict[st
 
 
 def export_branch(kind: str, tree: Mapping) -> dict[str, np.ndarray]:
-  """As `to_release`, with PyTorch's shapes derived from ours.
+  """As `to_release`, with PyTorch's shapes derived from ours; contiguous, as files need it."""
+  exported = to_release(kind, tree, torch_shapes(kind, tree))
+  return {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in exported.items()}
 
-  Returns:
-    Contiguous arrays, as files need them.
-  """
-  shapes = {
+
+def torch_shapes(kind: str, tree: Mapping) -> dict[str, tuple[int, ...]]:
+  """Release's name -> PyTorch's shape, of everything in a branch's tree of arrays or shapes."""
+  return {
     release_name(kind, path): _torch_shape(kind, path, value.shape)
     for path, value in traverse_util.flatten_dict(tree).items()
   }
-  return {n: np.ascontiguousarray(a) for n, a in to_release(kind, tree, shapes).items()}
 
 
 def _torch_shape(kind: str, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from crn_jax.train_step import TrainState
 _BACKBONE = "img_model.img_model."
 _COUNTER = "num_batches_tracked"
 _VOCABULARY = "vocab.json"
-_LEFT_OUT = (
+LEFT_OUT = (
   (rf"(.*\.)?{_COUNTER}", "counter of batches; the momentum of the statistics is constant"),
   *((r"img_model\.img_model\." + pattern, why) for pattern, why in timm.LEFT_OUT),
 )
@@ -210,7 +210,7 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
         f"{path}: a {kind} model without a Swin Transformer (CLVC-Net's ResNet-50?): for its "
         f"backbone there is nothing here to convert it to"
       )
-    tensors, left_out = recognise.split(source.tensors, _LEFT_OUT)
+    tensors, left_out = recognise.split(source.tensors, LEFT_OUT)
     halves[kind] = _Half(source, timm.modern_names(tensors), left_out)
   return {kind: halves[kind] for kind in crn.BRANCHES}
 
