@@ -84,7 +84,10 @@ def instance(module_name, name, base=object):
   module = sys.modules[module_name]
   if not hasattr(module, name):
     setattr(module, name, type(name, (base,), {"__module__": module_name}))
-  return getattr(module, name)()
+  cls = getattr(module, name)
+  made = cls.__new__(cls)  # timm's own would build a whole Swin Transformer.
+  base.__init__(made)
+  return made
 
 
 def build(kind, prefix, tensors):
