@@ -36,6 +36,7 @@ def root(tmp_path_factory):
 def config(root):
   config = tiny.config(root, "crn_released")
   config.num_epochs = 1
+  config.model.backbone.window_size = 4  # As large as the first map, so what is read off.
   return config
 
 
