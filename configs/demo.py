@@ -13,7 +13,7 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   config = default.get_config(preset)
   config.name = f"demo_{preset}"
   config.seed = 0
-  config.num_epochs = 7
+  config.num_epochs = 6
   config.batch_size = 64
 
   data = config.data
@@ -53,5 +53,5 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   optimizer.logit_scale_rate = 30.0
 
   config.eval.batch_size = 128
-  config.eval.every_epochs = 4
+  config.eval.every_epochs = 3
   return config
