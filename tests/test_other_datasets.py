@@ -1,5 +1,6 @@
 """Shoes and Fashion200k from the folder to the results: one tiny run each, and what is ranked."""
 
+import html
 import json
 import pathlib
 import shutil
@@ -9,10 +10,11 @@ import pytest
 from PIL import Image
 
 from configs import default, fashion200k, shoes
-from crn_jax import cases, evaluate, prepare, ranking, train
+from crn_jax import cases, evaluate, prepare, ranking, report, tables, train
 from crn_jax.encode import Encoded
+from crn_jax.input_pipeline import datasets
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
-from tests import tiny
+from tests import made_up, tiny
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
 MINI = GOLDENS / "mini_data"
@@ -31,23 +33,35 @@ def config(name, root=None):
   return c
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_run_trains_and_evaluates(name, tmp_path):
+def test_results_and_pictures_name_the_protocol(name, tmp_path):
   c = config(name)
-  shown = train.train(c, tmp_path)
-  results = json.loads((tmp_path / "eval.json").read_text())
+  data = datasets.open_dataset(c.data, train=False)
+  found = made_up.evaluation(c, data)
   protocol = c.eval.best_metric.partition("/")[0]
+  recalls = found.results["protocols"][protocol]
   gallery, n_queries = {"shoes": (7, 10), "fashion200k": (7, 6)}[name]
-  assert results["dataset"] == name
-  assert results["n_queries"] == n_queries
-  assert results["protocols"][protocol]["gallery"] == gallery
+  assert (found.results["dataset"], found.results["n_queries"]) == (name, n_queries)
+  assert list(found.results["protocols"]) == [protocol]
+  assert recalls["gallery"] == gallery
   # Seven images: all targets that are among them are among the first seven.
-  assert results["protocols"][protocol]["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
-  assert f"{protocol} ranks {evaluate.PROTOCOLS[protocol]}." in shown
+  assert recalls["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
+  sentence = f"{protocol} ranks {evaluate.PROTOCOLS[protocol]}."
+  assert sentence in tables.results_as_text(found.results)
+  report.write(made_up.Encoder(c), None, made_up.vocabulary(c), tmp_path, data, found)
+  assert sentence in html.unescape((tmp_path / "report.html").read_text())
   with Image.open(tmp_path / "pictures" / f"retrieval_{name}.png") as picture:
     assert picture.width > 1000
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_drawn_triplets_train_and_evaluate(tmp_path):
+  c = config("fashion200k")
+  train.train(c, tmp_path)
+  results = json.loads((tmp_path / "eval.json").read_text())
+  assert results["checkpoint_step"] == 2
+  assert results["protocols"]["test_images"]["R@7"] == 100
 
 
 @pytest.fixture(scope="module")
