@@ -16,6 +16,7 @@ from flax import traverse_util
 
 from crn_jax import files
 from crn_jax.input_pipeline import images
+from crn_jax.models import backbones
 from crn_jax.models.crn import BRANCHES, CRN
 
 _TABLE = "relative_position_bias_table"
@@ -35,8 +36,10 @@ def initial_variables(
   if path and pretrained:
     check_pretrained(config)
     for name in BRANCHES:
-      own = variables["params"][name]
-      own["backbone"] = load_backbone(path, own["backbone"])
+      own = {c: tree[name] for c, tree in variables.items() if "backbone" in tree[name]}
+      loaded = load_backbone(path, {c: tree["backbone"] for c, tree in own.items()})
+      for collection, tree in own.items():
+        tree["backbone"] = loaded[collection]
   return variables
 
 
@@ -59,14 +62,14 @@ def check_pretrained(config: ml_collections.ConfigDict) -> None:
     )
   metadata = read_metadata(path)
   found = metadata["architecture"]
-  wanted = config.model.backbone.to_dict()
-  # Tables of another window are interpolated; stochastic depth has no weights.
-  free = {"window_size", "drop_path_rate"}
+  module = backbones.create(config.model.backbone)
+  wanted = {key: getattr(module, key, None) for key in found if key != "module"}
+  wanted["module"] = type(module).__name__
+  # Tables of another window are interpolated.
   differences = [
-    f"model.backbone.{key}: {found.get(key, 'absent')} in the weights, "
-    f"{wanted.get(key, 'absent')} in the configuration"
-    for key in sorted((found.keys() | wanted.keys()) - free)
-    if _plain(found.get(key)) != _plain(wanted.get(key))
+    f"model.backbone.{key}: {found[key]} in the weights, {wanted[key]} in the configuration"
+    for key in sorted(found.keys() - {"window_size"})
+    if _plain(found[key]) != _plain(wanted[key])
   ]
   if differences:
     raise ValueError(
@@ -104,13 +107,14 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 def save_backbone(
-  params: dict, metadata: dict, path: str | os.PathLike, *, force: bool = False
+  variables: dict, metadata: dict, path: str | os.PathLike, *, force: bool = False
 ) -> None:
-  """Writes backbone parameters as an Orbax checkpoint; the folder appears complete or not at all.
+  """Writes backbone variables as an Orbax checkpoint; the folder appears complete or not at all.
 
   Args:
-    params: of the backbone.
-    metadata: see `read_metadata`; 'architecture' has the fields of `config.model.backbone`.
+    variables: {'params'[, 'batch_stats']} of the backbone.
+    metadata: see `read_metadata`; 'architecture' has the class of the
+      backbone as 'module', and its arguments.
     path: folder to write.
     force: whether a folder that is there may be replaced.
 
@@ -120,21 +124,21 @@ def save_backbone(
   if pathlib.Path(path).exists() and not force:
     raise FileExistsError(f"{path}: exists already")
   with files.replacing_folder(path) as partial, ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(partial, params, custom_metadata={"backbone": metadata})
+    checkpointer.save(partial, variables, custom_metadata={"backbone": metadata})
     checkpointer.wait_until_finished()
 
 
 def load_backbone(path: str | os.PathLike, like: dict) -> dict:
-  """Reads backbone parameters written by `save_backbone`.
+  """Reads backbone variables written by `save_backbone`.
 
   Relative position tables of another window are interpolated.
 
   Args:
     path: the folder.
-    like: parameters of the backbone, for structure and shapes.
+    like: {'params'[, 'batch_stats']} of the backbone, for structure and shapes.
 
   Raises:
-    ValueError: if the folder holds other parameters; names the differences.
+    ValueError: if the folder holds other variables; names the differences.
   """
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     folder = pathlib.Path(path).absolute()

@@ -29,20 +29,20 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
   read = sources.read(source)
   kind = recognise.recognise(read.tensors, str(read.path))
   tensors, left_out = recognise.split(read.tensors, kind.left_out)
-  architecture, params = kind.load(kind.rename(tensors), str(read.path))
+  arguments, variables = kind.load(kind.rename(tensors), str(read.path))
   metadata = {
     "kind": kind.name,
-    "architecture": architecture,
+    "architecture": {"module": kind.module, **arguments},
     "preprocessing": sources.preprocessing(read.path),
     "source": {"file": read.path.name, "sha256": read.sha256},
   }
-  weights.save_backbone(params, metadata, target, force=force)
-  count = sum(x.size for x in jax.tree.leaves(params))
+  weights.save_backbone(variables, metadata, target, force=force)
+  count = sum(x.size for x in jax.tree.leaves(variables["params"]))
   return "\n".join(
     [
       f"recognised {read.path}: {kind.name}",
       *describe_left_out(read.left_out | left_out),
-      f"model.backbone: {', '.join(f'{k} {v}' for k, v in architecture.items())}",
+      f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
       f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
     ]
   )

@@ -1,13 +1,12 @@
-"""Array layouts of PyTorch and of this project, and filling a tree of ours by PyTorch's names.
+"""Array layouts of PyTorch and of this project.
 
 PyTorch keeps (out, in, *window), Flax (*window, in, out); patch embedding and 1 x 1 convolutions
 are plain matrices here. Everything that is not a kernel is the same in both.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
-from flax import traverse_util
 
 KERNELS = ("kernel", "hidden_kernel")
 
@@ -30,7 +29,7 @@ def to_flax(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray
   else:
     fits = tensor.shape == shape or tensor.size == np.prod(shape) == 1
   if not fits:
-    raise ValueError(f"has shape {given} where {shape} (ours: kernels are transposed) is expected")
+    raise ValueError(f"has shape {given} where {shape} (ours) is expected")
   return tensor.reshape(shape)
 
 
@@ -43,35 +42,43 @@ def to_torch(array: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray
 
 
 def fill(
-  like: Mapping, name_of: Callable[[tuple], str], tensors: Mapping[str, np.ndarray], source: str
-) -> dict:
-  """A tree of ours with PyTorch's values.
+  flat: Mapping[tuple, np.ndarray],
+  names: Mapping[tuple, str],
+  state_dict: Mapping[str, np.ndarray],
+  source: str,
+  model: str,
+) -> dict[tuple, np.ndarray]:
+  """Flat variables with the values of a state dict.
 
   Args:
-    like: the structure to fill: arrays or their shapes.
-    name_of: path in `like` -> name in `tensors`.
-    tensors: every tensor must have its place.
-    source: file that they come from, for messages.
+    flat: path -> variable (or its shape), what is to be filled.
+    names: path -> name in the state dict.
+    state_dict: name -> tensor; must hold these names and no others.
+    source: file that the weights come from, for messages.
+    model: what the variables belong to, for messages.
 
   Returns:
-    A tree like `like`, float32.
+    path -> float32 array.
 
   Raises:
-    ValueError: if tensors are missing, left over, or of another shape; names each.
+    ValueError: if weights are missing, left over, or of another shape; names them.
   """
-  flat = traverse_util.flatten_dict(like)
-  names = {path: name_of(path) for path in flat}
-  expected = set(names.values())
-  problems = [f"missing {n}" for n in names.values() if n not in tensors]
-  problems += [f"unexpected {n} {np.shape(tensors[n])}" for n in tensors if n not in expected]
+  known = set(names.values())
+  problems = [f"missing {name}" for name in names.values() if name not in state_dict]
+  problems += [
+    f"unexpected {name} {np.shape(state_dict[name])}" for name in state_dict if name not in known
+  ]
   filled = {}
   for path, name in names.items():
-    if name in tensors:
+    if name in state_dict:
+      tensor = np.asarray(state_dict[name], np.float32)
       try:
-        filled[path] = to_flax(np.asarray(tensors[name], np.float32), path[-1], flat[path].shape)
+        filled[path] = to_flax(tensor, path[-1], flat[path].shape)
       except ValueError as error:
         problems.append(f"{name} {error}")
   if problems:
-    listed = "\n  ".join(problems)
-    raise ValueError(f"{source}: {len(problems)} tensors do not fit the model:\n  {listed}")
-  return traverse_util.unflatten_dict(filled)
+    shown = "\n  ".join(problems)
+    raise ValueError(
+      f"{source}: not the weights of this {model} ({len(problems)} differences):\n  {shown}"
+    )
+  return filled

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from crn_jax.convert import huggingface, timm
+from crn_jax.convert import huggingface, timm, torchvision
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -20,13 +20,15 @@ class Kind:
     signs: regular expressions; each matches the whole of some tensor's name.
     left_out: (regular expression of a whole name, why it is left out).
     rename: tensors -> tensors under the names of `load`.
-    load: tensors, source -> architecture (as `config.model.backbone`), parameters.
+    module: class of the backbone.
+    load: tensors, source -> its arguments, its variables.
   """
 
   name: str
   signs: tuple[str, ...]
   left_out: Sequence[tuple[str, str]]
   rename: Callable[[Tensors], dict]
+  module: str
   load: Callable[[Tensors, str], tuple[dict, dict]]
 
 
@@ -42,21 +44,32 @@ KINDS = (
     ),
     huggingface.LEFT_OUT,
     huggingface.timm_names,
-    timm.load_swin,
+    "SwinTransformer",
+    timm.load,
   ),
   Kind(
     "Swin Transformer, names of Microsoft's release and of timm before 0.9",
     (_SWIN, r"layers\.0\.downsample\.reduction\.weight"),
     timm.LEFT_OUT,
     timm.modern_names,
-    timm.load_swin,
+    "SwinTransformer",
+    timm.load,
   ),
   Kind(
     "Swin Transformer, names of timm",
     (_SWIN,),
     timm.LEFT_OUT,
     timm.modern_names,
-    timm.load_swin,
+    "SwinTransformer",
+    timm.load,
+  ),
+  Kind(
+    "ResNet with bottlenecks, names of torchvision",
+    (r"layer1\.0\.conv3\.weight", r"layer1\.0\.downsample\.0\.weight"),
+    torchvision.LEFT_OUT,
+    dict,
+    "ResNet",
+    torchvision.load,
   ),
 )
 
@@ -65,7 +78,7 @@ _STRANGERS = (
   ("a Swin Transformer V2", (r".*\.attn\.(logit_scale|cpb_mlp\..*)",)),
   ("a Vision Transformer (ViT)", (r"(.*\.)?cls_token", r".*patch_embed.*|.*embeddings.*")),
   ("one half of a CRN or CLVC-Net model; give both files", (r"(local|global)_fuse\..*",)),
-  ("a ResNet, for which there is no backbone here", (r"layer1\.0\.conv1\.weight",)),
+  ("a ResNet without bottlenecks", (r"layer1\.0\.conv1\.weight",)),
   ("a classifier alone, without its backbone", (r"(head|classifier|fc)\..*",)),
 )
 

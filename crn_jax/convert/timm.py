@@ -64,15 +64,41 @@ def modern_names(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   return {modern(name): tensor for name, tensor in state_dict.items()}
 
 
-def load_swin(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]:
+def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str) -> dict:
   """Backbone parameters with timm's values.
+
+  Args:
+    params: parameters of the backbone (or their shapes), the structure to fill.
+    state_dict: timm's names, of any version -> arrays.
+    source: file that the weights come from, for messages.
+
+  Returns:
+    A tree like `params`, float32.
+
+  Raises:
+    ValueError: if weights are missing, left over, or of another shape; names them.
+  """
+  state_dict = {
+    name: tensor
+    for name, tensor in modern_names(state_dict).items()
+    if not any(re.fullmatch(pattern, name) for pattern, _ in LEFT_OUT)
+  }
+  flat = traverse_util.flatten_dict(params)
+  names = {path: timm_name(path) for path in flat}
+  return traverse_util.unflatten_dict(
+    layout.fill(flat, names, state_dict, source, "Swin Transformer")
+  )
+
+
+def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]:
+  """A backbone whose sizes are read off its weights.
 
   Args:
     state_dict: today's timm names -> arrays, classifier and constants left out.
     source: file that the weights come from, for messages.
 
   Returns:
-    Arguments of `swin.SwinTransformer`; its parameters, float32.
+    Arguments of `swin.SwinTransformer`; its variables {'params'}, float32.
 
   Raises:
     ValueError: if weights are missing, left over, or of another shape; names them.
@@ -93,7 +119,7 @@ def load_swin(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, 
     if path[-1] == _TABLE and table is not None and _window(table):
       flat[path] = jax.ShapeDtypeStruct((table.shape[0], flat[path].shape[1]), np.float32)
   like = traverse_util.unflatten_dict(flat)
-  return arguments, layout.fill(like, timm_name, state_dict, source)
+  return arguments, {"params": load_swin(like, state_dict, source)}
 
 
 def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:

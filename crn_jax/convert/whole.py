@@ -10,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
 from crn_jax import checkpoint, files, optimizer, run
 from crn_jax.convert import backbone, layout, pickles, recognise, release, timm
@@ -233,11 +234,11 @@ def _sizes(half: _Half) -> dict:
 
 def _fill(kind: str, like: TrainState, half: _Half) -> dict:
   tree = {"params": like.params[kind], "batch_stats": like.batch_stats[kind]}
-  return layout.fill(
-    flax.core.unfreeze(tree),
-    lambda path: release.release_name(kind, path[1:]),
-    half.tensors,
-    str(half.source.path),
+  flat = traverse_util.flatten_dict(flax.core.unfreeze(tree))
+  names = {path: release.release_name(kind, path[1:]) for path in flat}
+  source = str(half.source.path)
+  return traverse_util.unflatten_dict(
+    layout.fill(flat, names, half.tensors, source, f"{kind} model")
   )
 
 

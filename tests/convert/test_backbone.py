@@ -16,9 +16,10 @@ from crn_jax import weights
 from crn_jax.convert import backbone, hub, recognise, timm
 from tests.convert import small_swin
 from tests.release import load_json
-from tests.torch_cpu import torch
+from tests.torch_models import torch
 
 PARAMS = small_swin.params()
+VARIABLES = {"params": PARAMS}
 SAFETENSORS = {
   "timm": small_swin.timm_state_dict(PARAMS),
   "old": small_swin.old_timm_state_dict(PARAMS),
@@ -37,7 +38,7 @@ def as_torch(tensors):
   return {name: torch.from_numpy(np.array(value)) for name, value in tensors.items()}
 
 
-def assert_converts(source, tmp_path, expected=PARAMS) -> str:
+def assert_converts(source, tmp_path, expected=VARIABLES) -> str:
   said = backbone.convert(source, tmp_path / "out")
   loaded = weights.load_backbone(tmp_path / "out", expected)
   jax.tree.map(np.testing.assert_array_equal, loaded, expected)
@@ -69,7 +70,7 @@ def test_torch_files_with_and_without_wrapper(wrapper, legacy, tmp_path):
 def test_half_precision_becomes_float32(tmp_path):
   tensors = as_torch(SAFETENSORS["timm"])
   torch.save({n: t.bfloat16() for n, t in tensors.items()}, tmp_path / "model.bin")
-  rounded = jax.tree.map(lambda x: torch.from_numpy(x).bfloat16().float().numpy(), PARAMS)
+  rounded = jax.tree.map(lambda x: torch.from_numpy(x).bfloat16().float().numpy(), VARIABLES)
   assert_converts(tmp_path / "model.bin", tmp_path, rounded)
 
 
@@ -88,7 +89,8 @@ def test_metadata_tells_where_weights_come_from(tmp_path):
   backbone.convert(tmp_path / "in", tmp_path / "out")
   assert weights.read_metadata(tmp_path / "out") == {
     "kind": "Swin Transformer, names of timm",
-    "architecture": {
+    "architecture": {"module": "SwinTransformer"}
+    | {
       key: list(value) if isinstance(value, tuple) else value
       for key, value in small_swin.ARGUMENTS.items()
     },
@@ -109,7 +111,7 @@ def test_every_wrong_tensor_is_named(tmp_path):
   with pytest.raises(ValueError) as error:
     backbone.convert(path, tmp_path / "out")
   message = str(error.value)
-  assert message.startswith(f"{path}: 3 tensors")
+  assert message.startswith(f"{path}: not the weights of this Swin Transformer (3 differences)")
   assert "missing norm.weight" in message
   assert "unexpected layers.0.blocks.0.extra (2,)" in message
   assert "layers.1.blocks.0.attn.proj.weight has shape (16, 15)" in message
@@ -162,7 +164,7 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path):
   assert (tmp_path / "out" / "mine").read_text() == "mine"
   backbone.convert(path, tmp_path / "out", force=True)
   assert not (tmp_path / "out" / "mine").exists()
-  weights.load_backbone(tmp_path / "out", PARAMS)
+  weights.load_backbone(tmp_path / "out", VARIABLES)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "out"]
 
 
@@ -176,7 +178,7 @@ def test_a_failure_to_write_leaves_nothing_behind(tmp_path, monkeypatch):
   monkeypatch.setattr(weights.ocp.StandardCheckpointer, "wait_until_finished", fail)
   with pytest.raises(OSError, match="disk full"):
     backbone.convert(path, tmp_path / "out", force=True)
-  weights.load_backbone(tmp_path / "out", PARAMS)
+  weights.load_backbone(tmp_path / "out", VARIABLES)
 
 
 def config_for(folder, **backbone_fields):
@@ -199,13 +201,13 @@ def test_another_architecture_is_refused_by_field(tmp_path):
 
 def test_tables_of_another_window_are_interpolated_on_loading(tmp_path):
   backbone.convert(write(tmp_path / "m.safetensors", SAFETENSORS["timm"]), tmp_path / "out")
-  like = small_swin.params(side=64, window_size=4)
-  table = weights.load_backbone(tmp_path / "out", like)["stage0_block0"]["attn"]
+  like = {"params": small_swin.params(side=64, window_size=4)}
+  table = weights.load_backbone(tmp_path / "out", like)["params"]["stage0_block0"]["attn"]
   name = "relative_position_bias_table"
   expected = weights.resize_table(PARAMS["stage0_block0"]["attn"][name], (49, 1))
   np.testing.assert_array_equal(table[name], expected)
   with pytest.raises(ValueError, match=r"patch_embed/kernel: \(48, 8\) in the weights"):
-    weights.load_backbone(tmp_path / "out", small_swin.params(embed_dim=16))
+    weights.load_backbone(tmp_path / "out", {"params": small_swin.params(embed_dim=16)})
 
 
 def test_the_hub_is_asked_and_its_failure_told(tmp_path, monkeypatch):
@@ -234,7 +236,7 @@ def test_safetensors_are_converted_without_pytorch(tmp_path):
     f"print(backbone.convert({str(path)!r}, {str(tmp_path / 'out')!r}))"
   )
   subprocess.run([sys.executable, "-c", program], check=True)
-  weights.load_backbone(tmp_path / "out", PARAMS)
+  weights.load_backbone(tmp_path / "out", VARIABLES)
 
 
 @pytest.mark.parametrize("size", ["tiny", "base", "large"])
@@ -246,6 +248,6 @@ def test_published_names_are_all_known(size):
   kind = recognise.recognise(tensors, "file")
   kept, left_out = recognise.split(tensors, kind.left_out)
   assert set(left_out) == {"head.fc.weight", "head.fc.bias"}
-  arguments, params = timm.load_swin(kind.rename(kept), "file")
+  arguments, params = timm.load(kind.rename(kept), "file")
   assert len(jax.tree.leaves(params)) == len(kept)
   assert arguments["window_size"] == 7 and arguments["depths"][3] == 2

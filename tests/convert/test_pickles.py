@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from crn_jax.convert import pickles
-from tests.torch_cpu import torch
+from tests.torch_models import torch
 
 
 class Call:

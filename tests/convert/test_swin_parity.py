@@ -9,7 +9,7 @@ import safetensors.torch
 from crn_jax import weights
 from crn_jax.convert import backbone
 from crn_jax.models import swin
-from tests.torch_cpu import randomize, timm, torch, transformers
+from tests.torch_models import randomize, timm, torch, transformers
 
 # Widths, heads, windows and grids as published; fewer blocks.
 LAYOUTS = {
@@ -26,12 +26,13 @@ def converted_features(source, folder, layout) -> list[np.ndarray]:
   found = weights.read_metadata(folder)["architecture"]
   module = swin.SwinTransformer(**layout, window_size=7)
   assert found == {k: list(v) if isinstance(v, tuple) else v for k, v in layout.items()} | {
+    "module": "SwinTransformer",
     "patch_size": 4,
     "window_size": 7,
   }
-  like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], IMAGE)
+  like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), IMAGE)
   params = weights.load_backbone(folder, like)
-  out = jax.jit(lambda p, x: module.apply({"params": p}, x, train=False))(params, IMAGE)
+  out = jax.jit(lambda p, x: module.apply(p, x, train=False))(params, IMAGE)
   return [*map(np.asarray, out.stages), np.asarray(out.map)]
 
 

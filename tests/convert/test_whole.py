@@ -16,7 +16,7 @@ from crn_jax.input_pipeline.vocabulary import RESERVED, Vocabulary
 from crn_jax.models import crn
 from tests import tiny
 from tests.release import load_json
-from tests.torch_cpu import torch
+from tests.torch_models import torch
 
 WORDS = (*RESERVED, "is", "red", "bos", "blue", "with", "sleeves", "longer")
 CLASSES = {
