@@ -29,7 +29,7 @@ def to_flax(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray
   else:
     fits = tensor.shape == shape or tensor.size == np.prod(shape) == 1
   if not fits:
-    raise ValueError(f"has shape {given} where {shape} (ours) is expected")
+    raise ValueError(f"has shape {given} where {shape} is expected")
   return tensor.reshape(shape)
 
 

@@ -46,13 +46,18 @@ def timm_name(path: tuple[str, ...]) -> str:
 
 
 def modern_names(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Renames the keys of timm before 0.9 to today's; today's stay.
+  """Renames the keys of timm before 0.9 to today's; leaves out constants and the classifier.
 
   Old timm closes a stage with its patch merging (`layers.0.downsample`), today's opens the next
   stage with it (`layers.1.downsample`). The names may have a prefix.
   """
+  state_dict = {
+    name: tensor
+    for name, tensor in state_dict.items()
+    if not any(re.fullmatch(pattern, name) for pattern, _ in LEFT_OUT)
+  }
   if not any(re.search(r"(^|\.)layers\.0\.downsample\.reduction\.weight$", n) for n in state_dict):
-    return dict(state_dict)
+    return state_dict
 
   def modern(name):
     return re.sub(
@@ -78,11 +83,7 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
   Raises:
     ValueError: if weights are missing, left over, or of another shape; names them.
   """
-  state_dict = {
-    name: tensor
-    for name, tensor in modern_names(state_dict).items()
-    if not any(re.fullmatch(pattern, name) for pattern, _ in LEFT_OUT)
-  }
+  state_dict = modern_names(state_dict)
   flat = traverse_util.flatten_dict(params)
   names = {path: timm_name(path) for path in flat}
   return traverse_util.unflatten_dict(

@@ -16,7 +16,7 @@ from crn_jax import checkpoint, files, optimizer, run
 from crn_jax.convert import backbone, layout, pickles, recognise, release, timm
 from crn_jax.convert import source as sources
 from crn_jax.input_pipeline.vocabulary import Vocabulary
-from crn_jax.models import crn
+from crn_jax.models import backbones, crn, swin
 from crn_jax.train_step import TrainState
 
 _BACKBONE = "img_model.img_model."
@@ -92,7 +92,14 @@ def convert(
   config = config.copy_and_resolve_references()
   before = run.flat(run.as_json(config.model))
   with config.unlocked():
-    config.model.backbone.update(sizes["local"]["backbone"])
+    module = backbones.create(config.model.backbone)
+    if not isinstance(module, swin.SwinTransformer):
+      raise ValueError(
+        f"{paths[0]}: its backbone is a Swin Transformer, that of the configuration is "
+        f"{config.model.backbone.name}; name another with --config.model.backbone.name"
+      )
+    sized = sizes["local"]["backbone"].items()
+    config.model.backbone.update({k: v for k, v in sized if getattr(module, k) != v})
     config.model.update({k: v for k, v in sizes["local"].items() if k not in ("backbone", "rows")})
   after = run.flat(run.as_json(config.model))
   changed = {f"model.{key}": value for key, value in after.items() if before.get(key) != value}
@@ -208,8 +215,8 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
       raise ValueError(f"{paths[0]}, {paths[1]}: both are {kind} models")
     if not any(n.startswith(f"{_BACKBONE}layers.0.blocks.") for n in source.tensors):
       raise ValueError(
-        f"{path}: a {kind} model without a Swin Transformer (CLVC-Net's ResNet-50?): for its "
-        f"backbone there is nothing here to convert it to"
+        f"{path}: a {kind} model without a Swin Transformer (CLVC-Net's ResNet-50?): the names of "
+        f"such models are not known here, so they cannot be converted"
       )
     tensors, left_out = recognise.split(source.tensors, LEFT_OUT)
     halves[kind] = _Half(source, timm.modern_names(tensors), left_out)

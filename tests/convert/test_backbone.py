@@ -13,7 +13,8 @@ import safetensors.numpy
 
 from configs import default
 from crn_jax import weights
-from crn_jax.convert import backbone, hub, recognise, timm
+from crn_jax.convert import backbone, hub, recognise, timm, torchvision
+from crn_jax.models import resnet
 from tests.convert import small_swin
 from tests.release import load_json
 from tests.torch_models import torch
@@ -251,3 +252,19 @@ def test_published_names_are_all_known(size):
   arguments, params = timm.load(kind.rename(kept), "file")
   assert len(jax.tree.leaves(params)) == len(kept)
   assert arguments["window_size"] == 7 and arguments["depths"][3] == 2
+
+
+def test_torchvision_resnet(tmp_path):
+  """Every block and statistic of a narrow ResNet-50; its features: tests/models/test_resnet.py."""
+  module = resnet.ResNet(width=8, depths=(3, 4, 6, 3))
+  like = jax.eval_shape(
+    lambda x: module.init(jax.random.key(0), x, train=False), np.zeros((1, 32, 32, 3))
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), like)
+  tensors = torchvision.to_torchvision(variables) | {"fc.bias": np.zeros(3, np.float32)}
+  torch.save(as_torch(tensors), tmp_path / "resnet50.pth")
+  said = assert_converts(tmp_path / "resnet50.pth", tmp_path, variables)
+  assert "left out (classifier): fc.bias" in said
+  architecture = weights.read_metadata(tmp_path / "out")["architecture"]
+  assert architecture == {"module": "ResNet", "width": 8, "depths": [3, 4, 6, 3]}

@@ -120,8 +120,7 @@ def files(modules, tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(files, config, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("converted") / "run"
-  other = default.get_config("crn_released")  # Sizes are those of the weights.
-  other.update(config)
+  other = config.copy_and_resolve_references()  # Sizes are those of the weights.
   other.model.update(map_dim=2048, feature_dim=1024, word_dim=768)
   said = whole.convert(whole.paths_of(str(files)), workdir, other)
   return workdir, said
