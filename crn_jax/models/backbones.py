@@ -44,6 +44,6 @@ def create(
   if foreign := sorted(changed.keys() - known):
     raise ValueError(
       f"model.backbone.{foreign[0]} = {changed[foreign[0]]} is set, but {config.name} has no such "
-      f"size: leave it None"
+      f"size: leave it None, or name the backbone after the configuration's colon"
     )
   return module(**(sizes | changed), dtype=dtype, axis_name=axis_name)
