@@ -21,7 +21,13 @@ Array = jax.Array | np.ndarray
 # What the release writes over the score of a query's own reference image.
 EXCLUDED_SCORE = -1e11
 
+# Queries scored at a time, and scores of each that are counted at a time.
+BLOCK_SIZE = 256
+_COUNT_WIDTH = 1024
+
 _MIN_NORM = 1e-12
+# Bytes to which XLA wants the arrays of a CPU aligned.
+_ALIGNMENT = 64
 
 
 def combine(local: Array, global_: Array) -> Array:
@@ -53,24 +59,37 @@ def combine(local: Array, global_: Array) -> Array:
   return normalise(xp.concatenate([normalise(local), normalise(global_)], axis=-1))
 
 
+def empty_features(n: int, d: int) -> np.ndarray:
+  """[n, d] float32, not initialised, so aligned that a CPU device uses it without a copy."""
+  size = 4 * n * d
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + size].view(np.float32).reshape(n, d)
+
+
 def target_ranks(
   queries: Array,
   gallery: Array,
   target: Array | Sequence[int],
   exclude: Array | Sequence[int],
   *,
-  block_size: int = 512,
+  labels: Array | Sequence[int] | None = None,
+  block_size: int = BLOCK_SIZE,
 ) -> np.ndarray:
   """Rank of every query's target in the gallery by descending dot product.
 
   rank = #(items scoring above the target) + #(items scoring the same at an earlier position), which
-  is where a stable sort would put it. The excluded item never counts.
+  is where a stable sort would put it. The excluded item never counts. Where several items are
+  targets, because they share a label, the rank is that of the first of them.
 
   Args:
     queries: [q, d] query features.
-    gallery: [g, d] gallery features; moved to the device once.
-    target: [q] int, gallery position of the target, -1 if it is not in the gallery.
+    gallery: [g, d] gallery features; moved to the device once (see `empty_features`).
+    target: [q] int, gallery position of the target, -1 if it is not in the gallery. With `labels`,
+      the label of the targets instead, -1 or a label that no item has if there is none.
     exclude: [q] int, gallery position to leave out (the reference image), -1 for none.
+    labels: [g] int, 0 or greater; every item with the label `target` is a target (Fashion200k: the
+      images of one caption).
     block_size: queries scored at a time. One program is compiled per (block_size, g, d); the last
       block is padded.
 
@@ -84,12 +103,17 @@ def target_ranks(
   """
   queries, gallery = _checked_features(queries, gallery)
   n_gallery = len(gallery)
-  target = _checked_positions("target", target, len(queries), n_gallery)
+  if labels is None:
+    target = _checked_positions("target", target, len(queries), n_gallery)
+    labels = np.arange(n_gallery)
+  else:
+    target, labels = _checked_labels(target, labels, len(queries), n_gallery)
   exclude = _checked_positions("exclude", exclude, len(queries), n_gallery)
+  targets_of = _positions_by_label(labels)
   ranks = np.empty(len(queries), np.int64)
   for rows, (block, t, e) in _blocks((queries, target, exclude), block_size):
-    ranks[rows] = np.asarray(_rank_block(block, gallery, t, e))[: rows.stop - rows.start]
-  ranks[target < 0] = n_gallery
+    found = _rank_block(block, gallery, targets_of(t), e)
+    ranks[rows] = np.asarray(found)[: rows.stop - rows.start]
   return ranks
 
 
@@ -99,7 +123,7 @@ def top_k(
   k: int,
   exclude: Array | Sequence[int],
   *,
-  block_size: int = 512,
+  block_size: int = BLOCK_SIZE,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k best gallery items of every query, best first; equal scores in gallery order.
 
@@ -180,27 +204,60 @@ def recall_interval(
 
 
 @jax.jit
-def _rank_block(queries, gallery, target, exclude):
-  scores, column = _scores(queries, gallery, exclude)  # (block, g), (1, g)
-  target = target[:, None]
+def _rank_block(queries, gallery, targets, exclude):
+  scores = _scores(queries, gallery)  # (block, g); the only large value, read once by the count.
+  n_gallery = gallery.shape[0]
+  exclude = exclude[:, None]
   # Taken from the same product as all others: a dot product of its own could differ in the last bit
   # and put the target before or behind itself.
-  target_score = jnp.take_along_axis(scores, jnp.maximum(target, 0), axis=1)
-  ahead = (scores > target_score) | ((scores == target_score) & (column < target))
-  return jnp.sum(ahead & (column != exclude[:, None]), axis=1, dtype=jnp.int32)
+  target_scores = jnp.take_along_axis(scores, jnp.maximum(targets, 0), axis=1)  # (block, m)
+  target_scores = jnp.where(targets == exclude, EXCLUDED_SCORE, target_scores)
+  target_scores = jnp.where(targets < 0, -jnp.inf, target_scores)
+  best = jnp.max(target_scores, axis=1, keepdims=True)
+  is_best = (target_scores == best) & (targets >= 0)
+  first = jnp.min(jnp.where(is_best, targets, n_gallery), axis=1, keepdims=True)
+
+  def count(i, rank):
+    # The last piece starts early to be as wide as the others: what it repeats is masked.
+    start = jnp.minimum(i * width, n_gallery - width)
+    piece = jax.lax.dynamic_slice_in_dim(scores, start, width, axis=1)
+    column = start + jnp.arange(width, dtype=jnp.int32)[None, :]
+    ahead = (piece > best) | ((piece == best) & (column < first))
+    counted = ahead & (column != exclude) & (column >= i * width)
+    return rank + jnp.sum(counted, axis=1, dtype=jnp.int32)
+
+  # By pieces, as XLA would store what a sum runs over in a second array of the size of `scores`.
+  width = min(_COUNT_WIDTH, n_gallery)
+  rank = jax.lax.fori_loop(0, -(-n_gallery // width), count, jnp.zeros(len(queries), jnp.int32))
+  return jnp.where(first[:, 0] == n_gallery, n_gallery, rank)
 
 
 @functools.partial(jax.jit, static_argnames="k")
 def _top_k_block(queries, gallery, exclude, k):
-  scores, _ = _scores(queries, gallery, exclude)
-  return jax.lax.top_k(scores, k)
-
-
-def _scores(queries, gallery, exclude):
-  # Default precision is TF32 or bfloat16 on accelerators, which reorders close neighbours.
-  scores = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+  scores = _scores(queries, gallery)
   column = jnp.arange(gallery.shape[0], dtype=jnp.int32)[None, :]
-  return jnp.where(column == exclude[:, None], EXCLUDED_SCORE, scores), column
+  return jax.lax.top_k(jnp.where(column == exclude[:, None], EXCLUDED_SCORE, scores), k)
+
+
+def _scores(queries, gallery):
+  # Default precision is TF32 or bfloat16 on accelerators, which reorders close neighbours.
+  return jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _positions_by_label(labels: np.ndarray):
+  """[n] labels -> [n, m] int32 positions of the items that have them, -1 for none."""
+  order = np.argsort(labels, kind="stable").astype(np.int32)
+  in_order = labels[order]
+  _, counts = np.unique(in_order, return_counts=True)
+  place = np.arange(counts.max())
+
+  def positions(wanted):
+    start = np.searchsorted(in_order, wanted)
+    count = np.searchsorted(in_order, wanted, side="right") - start
+    rows = np.minimum(start[:, None] + place, len(order) - 1)
+    return np.where(place < count[:, None], order[rows], np.int32(-1))
+
+  return positions
 
 
 def _blocks(
@@ -225,17 +282,24 @@ def _checked_features(queries: Array, gallery: Array) -> tuple[np.ndarray, jax.A
   if len(gallery) == 0:
     raise ValueError("the gallery is empty")
   queries = np.asarray(queries, dtype=np.float32)
-  gallery = jnp.asarray(gallery, dtype=jnp.float32)
-  for name, finite in (
-    ("queries", np.isfinite(queries).all(axis=1)),
-    ("gallery", np.asarray(jnp.isfinite(gallery).all(axis=1))),
-  ):
+  gallery = np.asarray(gallery, dtype=np.float32)
+  for name, features in (("queries", queries), ("gallery", gallery)):
+    finite = _finite_rows(features)
     bad = np.flatnonzero(~finite)
     if bad.size:
       raise ValueError(
         f"{name}: {bad.size} of {len(finite)} rows are not finite in float32, first row {bad[0]}"
       )
-  return queries, gallery
+  return queries, jax.device_put(gallery)  # jnp.asarray would copy twice.
+
+
+def _finite_rows(features: np.ndarray) -> np.ndarray:
+  # By blocks: a mask of the whole matrix would be a quarter of its size.
+  finite = np.zeros(len(features), bool)
+  for start in range(0, len(features), BLOCK_SIZE):
+    rows = slice(start, start + BLOCK_SIZE)
+    finite[rows] = np.isfinite(features[rows]).all(axis=1)
+  return finite
 
 
 def _checked_positions(name: str, positions, n_queries: int, n_gallery: int) -> np.ndarray:
@@ -251,3 +315,15 @@ def _checked_positions(name: str, positions, n_queries: int, n_gallery: int) -> 
       f"got {positions[bad[0]]} at query {bad[0]}"
     )
   return positions.astype(np.int32)
+
+
+def _checked_labels(target, labels, n_queries: int, n_gallery: int):
+  target, labels = np.asarray(target), np.asarray(labels)
+  for name, values, n in (("target", target, n_queries), ("labels", labels, n_gallery)):
+    if values.shape != (n,):
+      raise ValueError(f"{name}: expected shape ({n},), got {values.shape}")
+    if n and not np.issubdtype(values.dtype, np.integer):
+      raise ValueError(f"{name}: expected integers, got {values.dtype}")
+  if labels.min() < 0:
+    raise ValueError(f"labels: expected 0 or greater, got {labels.min()}")
+  return target.astype(np.int32), labels.astype(np.int32)
