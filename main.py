@@ -1,4 +1,4 @@
-"""Trains, evaluates or compares CRN: python main.py --config=configs/demo.py."""
+"""Trains, evaluates, compares CRN, or checks its data: python main.py --config=configs/demo.py."""
 
 import os
 import shlex
@@ -11,13 +11,13 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax import compare, train
+from crn_jax import compare, prepare, train
 from crn_jax.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare"], "What to do.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare", "prepare"], "What to do.")
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
 )
@@ -41,6 +41,8 @@ def main(argv):
       print(train.train(config, workdir))
     elif mode == "eval":
       print(train.evaluate_run(config, workdir, _CHECKPOINT.value))
+    elif mode == "prepare":
+      print(prepare.prepare(config))
     else:
       print(compare.compare(_WORKDIRS.value, workdir))
   except Interrupted as stop:

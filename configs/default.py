@@ -20,15 +20,18 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   config.update_mode = "alternating"
 
   config.data = data = ml_collections.ConfigDict()
-  data.dataset = "fashioniq"  # 'fashioniq' or 'demo'.
-  data.root = "data/fashioniq"  # Folder with captions/, image_splits/ and the images.
-  data.category = "all"  # 'dress', 'shirt', 'toptee' or 'all' (joint training).
+  data.dataset = "fashioniq"  # 'fashioniq', 'shoes', 'fashion200k' or 'demo'.
+  data.root = "data/fashioniq"  # Folder of the data set; docs/data.md shows its layout.
+  data.category = "all"  # 'dress', 'shirt', 'toptee' or 'all' (joint training); FashionIQ.
   # Missing or damaged images and bad entries: 'error' lists them before training starts; 'skip'
   # leaves out the triplets, queries and gallery images that they affect, and counts them.
   data.on_missing = "error"
   # The two captions of an entry: 'joined' to one text (as published), 'both_orders' (two texts),
-  # 'separate' (two texts of one caption).
+  # 'separate' (two texts of one caption). Texts of Shoes and Fashion200k are single captions.
   data.captions = "joined"
+  # Shoes: 'released' lists most pairs twice, in training and evaluation, as the release and hence
+  # the published numbers do; 'unique' lists every pair inside a split once.
+  data.shoes_pairs = "released"
   data.max_words = 32  # Texts are padded to this and cut beyond it, markers included.
   data.image_size = 224  # Side of the crop that the model sees, in pixels.
   data.resize = 256  # Short side before the crop, in pixels.

@@ -63,12 +63,13 @@ def grid_rows(
     config: the whole configuration.
   """
   gallery = split.galleries[protocol]
-  target = evaluate.gallery_positions(gallery, split.queries.target, len(split.image_paths))
+  labels, target = evaluate.image_labels(split)[gallery], evaluate.target_labels(split)
+  in_gallery = np.isin(target, labels)
   exclude = evaluate.excluded_positions(split, protocol, config)[chosen]
   top, scores = ranking.top_k(encoded.composed[chosen], encoded.images[gallery], TOP, exclude)
   rows = []
   for i, query in enumerate(chosen):
-    at = np.flatnonzero(top[i] == target[query])
+    at = np.flatnonzero(labels[top[i]] == target[query])
     rows.append(
       GridRow(
         reference=split.image_paths[split.queries.reference[query]],
@@ -78,7 +79,7 @@ def grid_rows(
         ),
         target=split.image_paths[split.queries.target[query]],
         target_position=int(at[0]) if len(at) else None,
-        rank=int(ranks[query]) if target[query] >= 0 else None,
+        rank=int(ranks[query]) if in_gallery[query] else None,
       )
     )
   return rows
@@ -105,7 +106,9 @@ def attention_rows(
     config: the whole configuration.
   """
   data = config.data
-  in_gallery = np.isin(split.queries.target, split.galleries[protocol])
+  in_gallery = np.isin(
+    evaluate.target_labels(split), evaluate.image_labels(split)[split.galleries[protocol]]
+  )
   rows = []
   for i, query in enumerate(chosen):
     words = shown_words(split.queries.texts[query], table)

@@ -1,8 +1,4 @@
-"""Evaluation: Recall@K of both FashionIQ protocols, per kind of query and kind of text.
-
-`val_split` ranks the union of the queries' images (VAL, CLVC-Net, CRN), `original_split` the whole
-list of the category (CLIP4Cir and the challenge); the same model scores higher on the first.
-"""
+"""Evaluation: Recall@K in every protocol of a data set, per kind of query and kind of text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,6 +12,13 @@ from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.datasets import Dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 
+# What a protocol ranks and what it counts as a hit.
+PROTOCOLS = {
+  "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
+  "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
+  "eval_list": "the images of eval_im_names.txt; a target that is not among them is a miss",
+  "test_images": "all test images; any image with the target's caption is a hit",
+}
 QUERY_KINDS = ("composed", "image_only", "text_only")
 
 # split name -> protocol -> kind of query -> [queries] int, 0-based rank of the target.
@@ -172,10 +175,24 @@ def query_ranks(
 ) -> np.ndarray:
   """[queries] int, 0-based rank of each query's target in a protocol's gallery."""
   gallery = split.galleries[protocol]
-  target = gallery_positions(gallery, split.queries.target, len(split.image_paths))
+  exclude = excluded_positions(split, protocol, config)
   return ranking.target_ranks(
-    queries, gallery_vectors(encoded, gallery), target, excluded_positions(split, protocol, config)
+    queries,
+    gallery_vectors(encoded, gallery),
+    target_labels(split),
+    exclude,
+    labels=image_labels(split)[gallery],
   )
+
+
+def image_labels(split: EvalSplit) -> np.ndarray:
+  """[n images] int; images of one label are the same target."""
+  return np.arange(len(split.image_paths)) if split.groups is None else split.groups
+
+
+def target_labels(split: EvalSplit) -> np.ndarray:
+  """[queries] int, label of every query's target."""
+  return image_labels(split)[split.queries.target]
 
 
 def best_metric(results: dict) -> float:

@@ -1,7 +1,7 @@
 """Results as tables, for a terminal and for a page."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from crn_jax import evaluate
 from crn_jax.input_pipeline import holes
@@ -92,8 +92,7 @@ def result_tables(results: dict) -> list[Table]:
       f"Evaluated: {evaluate.describe_selection(results)}",
       "protocol",
       rows,
-      "val_split ranks the union of the queries' images, original_split the whole list of the "
-      "category; recalls of the two are not comparable.",
+      protocol_note(results["protocols"]),
     )
   ]
   for other in results.get("beside", []):
@@ -123,6 +122,13 @@ def result_tables(results: dict) -> list[Table]:
     ]
     tables.append(table(f"By kind of text, {breakdown}", "text", rows))
   return tables
+
+
+def protocol_note(protocols: Iterable[str]) -> str:
+  """What the protocols of a result mean."""
+  known = [f"{p} ranks {evaluate.PROTOCOLS[p]}" for p in protocols if p in evaluate.PROTOCOLS]
+  warning = " Recalls of different protocols are not comparable." if len(known) > 1 else ""
+  return "; ".join(known) + "." + warning
 
 
 def describe(results: dict) -> str:

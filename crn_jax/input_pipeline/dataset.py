@@ -1,15 +1,19 @@
 """The one interface between readers of data sets and everything behind them.
 
-A reader (`fashioniq.py`, later others) turns files on disk into these plain values; the loader,
-training, evaluation and pictures know nothing else about a data set.
+A reader (`fashioniq.py`, `shoes.py`, `fashion200k.py`) turns files on disk into these plain values;
+the loader, training, evaluation and pictures know nothing else about a data set.
 """
 
 import dataclasses
+from typing import Protocol
 
 import numpy as np
 
+# Streams of random numbers of one epoch, behind the seed and the epoch's number.
+ORDER, AUGMENT, TRIPLETS = range(3)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)  # Arrays: compared and hashed by identity.
 class Triplets:
   """Reference image + modification text -> target image, one row each.
 
@@ -28,19 +32,37 @@ class Triplets:
   def __len__(self) -> int:
     return len(self.texts)
 
+  def draw(self, seed: int, epoch: int) -> "Triplets":
+    """The same in every epoch, see `TripletSource`."""
+    del seed, epoch
+    return self
+
+
+class TripletSource(Protocol):
+  """Training triplets of any epoch: fixed ones (`Triplets`) or ones drawn anew."""
+
+  def __len__(self) -> int:
+    """Number of triplets of every epoch."""
+
+  def draw(self, seed: int, epoch: int) -> Triplets:
+    """The triplets of an epoch, a pure function of its arguments.
+
+    So a run that is resumed, or spread over any number of processes, sees the same ones.
+    """
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainSplit:
   """What training reads.
 
   Attributes:
-    image_paths: path of every image that a triplet uses, each once.
-    triplets: the training triplets.
+    image_paths: path of every image that a triplet may use, each once.
+    triplets: the training triplets of every epoch.
     captions: bare captions in file order, from which the vocabulary is built.
   """
 
   image_paths: tuple[str, ...]
-  triplets: Triplets
+  triplets: TripletSource
   captions: tuple[str, ...]
 
 
@@ -54,6 +76,8 @@ class EvalSplit:
     image_paths: their paths, in the same order.
     queries: the queries; rows refer to `image_paths`.
     galleries: protocol name -> [g] int32 rows of `image_paths`, in gallery order.
+    groups: [n images] int32 or None. Any image of the target's group is a hit; with None only the
+      target itself is.
   """
 
   name: str
@@ -61,3 +85,4 @@ class EvalSplit:
   image_paths: tuple[str, ...]
   queries: Triplets
   galleries: dict[str, np.ndarray]
+  groups: np.ndarray | None = None

@@ -8,8 +8,10 @@ import pathlib
 import ml_collections
 import numpy as np
 
-from crn_jax.input_pipeline import demo, fashioniq
+from crn_jax.input_pipeline import demo, fashion200k, fashioniq, folder, shoes
 from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit
+
+DATASETS = ("fashioniq", "shoes", "fashion200k", "demo")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,19 +19,20 @@ class Dataset:
   """A data set as training and evaluation see it.
 
   Attributes:
-    name: for results, e.g. "fashioniq/dress".
+    name: for results, e.g. "fashioniq/dress" or "shoes".
     train: training data; None if only evaluation was asked for.
-    evals: one split a category.
+    evals: one split a category; one in all for Shoes and Fashion200k.
     ceilings: R@10 in percent that the best image-only and text-only ranking could reach, where the
       data set knows it; else None.
     skipped: counts of what `data.on_missing = 'skip'` left out, ready for JSON; empty if nothing.
-      {"train": {..., "triplets", "of_triplets"}, "val": {category: {..., "queries", "of_queries",
-      "val_split", "of_val_split", "original_split", "of_original_split"}}}: how many triplets,
-      queries and gallery images were left out of how many. For "..." stand the causes:
+      {"train": {..., "triplets", "of_triplets"}, "val": {split: {..., "queries", "of_queries",
+      and of each gallery "NAME", "of_NAME"}}}: how many triplets, queries and gallery images were
+      left out of how many. For "..." stand the causes:
       "entries_malformed", "entries_outside_split", "images_unreadable", "images_missing". "train"
       is absent if only evaluation was asked for. `holes.describe_skipped` says it in words.
     image_digest: of the image files' names, sizes and times of change, for `known_digest` of
       `open_dataset`; "" if some are unreadable.
+    remarks: what is odd but harmless in the folder, in sentences.
     fingerprint: of `train`, see `fingerprint`; "" if only evaluation was asked for.
   """
 
@@ -39,6 +42,7 @@ class Dataset:
   ceilings: dict[str, float] | None = None
   skipped: dict = dataclasses.field(default_factory=dict)
   image_digest: str = ""
+  remarks: tuple[str, ...] = ()
   fingerprint: str = ""
 
 
@@ -56,9 +60,9 @@ def open_dataset(
     ValueError, FileNotFoundError: on an unknown data set or on bad data; one message lists
       everything that is wrong and says how to go on.
   """
-  if config.dataset not in ("fashioniq", "demo"):
-    raise ValueError(f"data.dataset must be 'fashioniq' or 'demo', not {config.dataset!r}")
-  ceilings = None
+  folder.check_choice("data.dataset", config.dataset, DATASETS)
+  checks = {"train": train, "on_missing": config.on_missing, "known_digest": known_digest}
+  name, ceilings = config.dataset, None
   if config.dataset == "demo":
     facts = demo.generate(config.root)["ceilings"]
     used = fashioniq.CATEGORIES if config.category == "all" else (config.category,)
@@ -66,21 +70,21 @@ def open_dataset(
       k: float(np.mean([facts[category][k] for category in used]))
       for k in ("image_only", "text_only")
     }
-  data = fashioniq.read(
-    config.root,
-    config.category,
-    config.captions,
-    train=train,
-    on_missing=config.on_missing,
-    known_digest=known_digest,
-  )
+  if config.dataset == "shoes":
+    data = shoes.read(config.root, config.shoes_pairs, **checks)
+  elif config.dataset == "fashion200k":
+    data = fashion200k.read(config.root, **checks)
+  else:
+    name += f"/{config.category}"
+    data = fashioniq.read(config.root, config.category, config.captions, **checks)
   return Dataset(
-    f"{config.dataset}/{config.category}",
+    name,
     data.train,
     data.evals,
     ceilings,
     skipped=data.skipped,
     image_digest=data.image_digest,
+    remarks=data.remarks,
     fingerprint=fingerprint(data.train) if train else "",
   )
 
@@ -89,10 +93,11 @@ def fingerprint(split: TrainSplit) -> str:
   """Digest of what decides the course of a training: triplets in their order, and captions.
 
   Images are named by their ids, not by their paths: another copy of the data, in another layout,
-  has the same fingerprint. Pixels are not looked at.
+  has the same fingerprint. Pixels are not looked at. Where triplets are drawn anew each epoch, one
+  draw stands for all.
   """
   ids = [pathlib.PurePath(path).stem for path in split.image_paths]
-  triplets = split.triplets
+  triplets = split.triplets.draw(seed=0, epoch=0)
   rows = zip(triplets.reference.tolist(), triplets.target.tolist(), triplets.texts, strict=True)
   content = [[[ids[r], ids[t], texts] for r, t, texts in rows], split.captions]
   return hashlib.sha256(json.dumps(content).encode()).hexdigest()

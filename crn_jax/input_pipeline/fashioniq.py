@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from crn_jax.input_pipeline import holes, verify
+from crn_jax.input_pipeline import folder, holes, verify
 from crn_jax.input_pipeline.annotations import (
   Annotations,
   Entry,
@@ -33,32 +33,11 @@ from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit, Triplets
 
 CATEGORIES = ("dress", "shirt", "toptee")
 CAPTION_USES = ("joined", "both_orders", "separate")
-ON_MISSING = ("error", "skip")
 
 # Folders in which images of a category may lie; an earlier one wins over a later one.
 _IMAGE_FOLDERS = ("resized_image/{}", "images/{}", "images")
 _EXTENSIONS = (".jpg", ".jpeg", ".png")
-
-
-@dataclasses.dataclass(frozen=True)
-class FashionIQ:
-  """What a folder holds.
-
-  Attributes:
-    train: the train split, or None if it was not asked for. `image_paths` holds the images that
-      triplets use, in order of first appearance, reference before target.
-    evals: the val split of every category, with the galleries of both published protocols:
-      "val_split", the reference and target images of the queries in order of first appearance,
-      reference before target (VAL, CLVC-Net, CRN); "original_split", the whole split list
-      (CLIP4Cir, the challenge).
-    skipped: counts of what was left out, as in `datasets.Dataset`.
-    image_digest: of the image files, for `known_digest` of a later call.
-  """
-
-  train: TrainSplit | None
-  evals: tuple[EvalSplit, ...]
-  skipped: dict
-  image_digest: str
+_LOOKED_FOR = "ID.jpg, .jpeg or .png in resized_image/CATEGORY/, images/CATEGORY/ or images/"
 
 
 def read(
@@ -69,7 +48,7 @@ def read(
   train: bool = True,
   on_missing: str = "error",
   known_digest: str | None = None,
-) -> FashionIQ:
+) -> folder.Folder:
   """Reads one category, or all three together, and verifies every image that will be read.
 
   Args:
@@ -85,15 +64,24 @@ def read(
       as close to the published ones as the files allow.
     known_digest: `image_digest` of an earlier call; unchanged image files are then not decoded.
 
+  Returns:
+    Train: `image_paths` holds the images that triplets use, in order of first appearance,
+    reference before target. Evals: the val split of every category, with the galleries of both
+    published protocols: "val_split", the reference and target images of the queries in order of
+    first appearance, reference before target (VAL, CLVC-Net, CRN); "original_split", the whole
+    split list (CLIP4Cir, the challenge).
+
   Raises:
     FileNotFoundError: there is no such root.
     ValueError: unknown category, caption_use or on_missing; or the folder has holes, all of them
       in one message.
   """
-  _check_choice("caption_use", caption_use, CAPTION_USES)
-  _check_choice("on_missing", on_missing, ON_MISSING)
-  _check_choice("category", category, (*CATEGORIES, "all"))
-  root = _check_root(root)
+  folder.check_choice("caption_use", caption_use, CAPTION_USES)
+  folder.check_choice("on_missing", on_missing, folder.ON_MISSING)
+  folder.check_choice("category", category, (*CATEGORIES, "all"))
+  root = folder.check_root(
+    root, "a FashionIQ folder with captions/, image_splits/ and resized_image/ or images/"
+  )
   categories = CATEGORIES if category == "all" else (category,)
   annotations = [
     read_annotations(root, c, split)
@@ -109,9 +97,8 @@ def read(
   parts = [_to_part(root, a, paths[a.category], unreadable) for a in annotations]
   problems = [p for part in parts for p in part.problems]
   skipped = _count_skipped(parts, caption_use) if problems else {}
-  if problems and (on_missing == "error" or any(p.sort == holes.FATAL for p in problems)):
-    raise ValueError(holes.error_message(str(root), problems, skipped))
-  return FashionIQ(
+  folder.check_problems(root, problems, skipped, on_missing, _LOOKED_FOR)
+  return folder.Folder(
     train=_to_train_split([p for p in parts if p.split == "train"], caption_use) if train else None,
     evals=tuple(_to_eval_split(p, caption_use) for p in parts if p.split == "val"),
     skipped=skipped,
@@ -130,7 +117,7 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
   Raises:
     ValueError: unknown caption_use.
   """
-  _check_choice("caption_use", caption_use, CAPTION_USES)
+  folder.check_choice("caption_use", caption_use, CAPTION_USES)
   first, second = captions
   return {
     "joined": ((first, second),),
@@ -153,8 +140,8 @@ def locate_images(
   """
   root = pathlib.Path(root)
   listings = {
-    folder: _list_images(root / folder)
-    for folder in dict.fromkeys(f.format(category) for category in ids for f in _IMAGE_FOLDERS)
+    name: _list_images(root / name)
+    for name in dict.fromkeys(f.format(category) for category in ids for f in _IMAGE_FOLDERS)
   }
   paths = {}
   for category, wanted in ids.items():
@@ -242,28 +229,12 @@ def _count_skipped(parts: Sequence[_Part], caption_use: str) -> dict:
   return skipped
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-  if value not in choices:
-    raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
-
-
-def _check_root(root: str | os.PathLike) -> pathlib.Path:
-  # Shells leave the ~ of --config.data.root=~/x as it is.
-  path = pathlib.Path(root).expanduser()
-  if not path.is_dir():
-    raise FileNotFoundError(
-      f"{path}: no such folder; expected a FashionIQ folder with captions/, "
-      "image_splits/ and resized_image/ or images/"
-    )
-  return path
-
-
-def _list_images(folder: pathlib.Path) -> dict[str, str] | None:
+def _list_images(path: pathlib.Path) -> dict[str, str] | None:
   """id -> path of the images in a folder, or None if there is no such folder."""
-  if not folder.is_dir():
+  if not path.is_dir():
     return None
   found: dict[str, tuple[int, str]] = {}
-  with os.scandir(folder) as entries:
+  with os.scandir(path) as entries:
     for entry in entries:
       stem, extension = os.path.splitext(entry.name)
       # A link that leads nowhere is no file.

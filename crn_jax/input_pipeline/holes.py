@@ -15,8 +15,6 @@ ENTRIES_OUTSIDE_SPLIT = "entries_outside_split"
 IMAGES_UNREADABLE = "images_unreadable"
 IMAGES_MISSING = "images_missing"
 
-_LOOKED_FOR = " (ID.jpg, .jpeg or .png in resized_image/CATEGORY/, images/CATEGORY/ or images/)"
-
 # The sorts that can be skipped, in the order in which they are listed: singular, plural.
 SKIPPABLE = {
   ENTRIES_MALFORMED: ("entry is malformed", "entries are malformed"),
@@ -25,7 +23,7 @@ SKIPPABLE = {
     "entries name an image outside their split list",
   ),
   IMAGES_UNREADABLE: ("image file cannot be read", "image files cannot be read"),
-  IMAGES_MISSING: (f"image has no file{_LOOKED_FOR}", f"images have no file{_LOOKED_FOR}"),
+  IMAGES_MISSING: ("image has no file", "images have no file"),
 }
 
 _MAX_LISTED = 10
@@ -55,7 +53,7 @@ def count(problems: Sequence[Problem]) -> dict[str, int]:
   return {sort: counts[sort] for sort in SKIPPABLE}
 
 
-def error_message(root: str, problems: Sequence[Problem], skipped: dict) -> str:
+def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_for: str) -> str:
   """What is wrong and how to go on.
 
   Args:
@@ -63,6 +61,7 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict) -> str:
     problems: at least one; each is told once. All fatal ones are listed, and the first ten of
       each other sort.
     skipped: what going on without would cost, as in `describe_skipped`.
+    looked_for: where image files were looked for.
   """
   by_sort = collections.defaultdict(list)
   for problem in dict.fromkeys(problems):
@@ -78,10 +77,8 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict) -> str:
       continue
     reasons = collections.Counter(p.what.partition(":")[0] for p in found)
     reasons = ", ".join(f"{n:,} {reason}" for reason, n in reasons.most_common())
-    lines.append(
-      f"{len(found):,} {singular if len(found) == 1 else plural}"
-      + (f" ({reasons}):" if sort == IMAGES_UNREADABLE else ":")
-    )
+    detail = {IMAGES_UNREADABLE: f" ({reasons})", IMAGES_MISSING: f" ({looked_for})"}.get(sort, "")
+    lines.append(f"{len(found):,} {singular if len(found) == 1 else plural}{detail}:")
     lines += [f"  {p}" for p in found[:_MAX_LISTED]]
     if len(found) > _MAX_LISTED:
       lines.append(f"  ... and {len(found) - _MAX_LISTED:,} more")
@@ -111,8 +108,8 @@ def describe_skipped(skipped: dict) -> str:
     lost = [f"{_of(counts, 'queries')} queries"] if counts["queries"] else []
     lost += [
       f"{_of(counts, gallery)} {gallery} images"
-      for gallery in ("val_split", "original_split")
-      if counts[gallery]
+      for gallery in counts
+      if gallery != "queries" and f"of_{gallery}" in counts and counts[gallery]
     ]
     if lost:
       parts.append(f"{category} {', '.join(lost)}")

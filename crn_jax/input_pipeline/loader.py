@@ -15,13 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from crn_jax.input_pipeline import images
-from crn_jax.input_pipeline.dataset import TrainSplit
+from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, TrainSplit
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 
 AUGMENTATIONS = ("random_crop_flip", "none")
 
-# Streams of random numbers of one epoch.
-_ORDER, _AUGMENT = range(2)
 _PADDING = -1
 _MAX_CHUNK = 8
 
@@ -45,7 +43,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
   Returns:
     [n] int64, a permutation of 0 .. n - 1.
   """
-  return np.random.default_rng([seed, epoch, _ORDER]).permutation(n)
+  return np.random.default_rng([seed, epoch, ORDER]).permutation(n)
 
 
 def epoch_draws(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -55,7 +53,7 @@ def epoch_draws(n: int, seed: int, epoch: int) -> np.ndarray:
     [n, 2, 3] float64 in [0, 1): position in the epoch; reference, target; row offset, column
     offset, flip.
   """
-  return np.random.default_rng([seed, epoch, _AUGMENT]).random((n, 2, 3))
+  return np.random.default_rng([seed, epoch, AUGMENT]).random((n, 2, 3))
 
 
 def augment(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
@@ -92,7 +90,7 @@ def train_batches(
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. num_steps - 1, as a run from step 0 would see them.
 
-  An epoch is a permutation of the triplets cut into batches; the incomplete last batch is dropped.
+  An epoch is a permutation of its triplets cut into batches; the incomplete last batch is dropped.
   Processes get contiguous slices of each global batch.
 
   Args:
@@ -102,7 +100,7 @@ def train_batches(
     image_size: side S of the crop in pixels.
     resize: shorter side before cropping, in pixels; at least image_size.
     augmentation: "random_crop_flip" (reference and target independently) or "none" (central crop).
-    seed: of order and augmentation, 0 or greater.
+    seed: of order, augmentation and the drawing of triplets, 0 or greater.
     num_steps: steps of the whole run; num_steps - start_step batches come.
     start_step: first step, counted from 0. Earlier batches cost nothing.
     process_index: of this process.
@@ -128,17 +126,23 @@ def train_batches(
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
-  rows = np.stack([split.triplets.reference, split.triplets.target], axis=1)
-  tokens, token_mask = vocabulary.encode_all(split.triplets.texts)
   read = _reader(split.image_paths, resize, cache_images)
 
   @functools.lru_cache(maxsize=1)
+  def encoded(triplets):
+    rows = np.stack([triplets.reference, triplets.target], axis=1)
+    return rows, *vocabulary.encode_all(triplets.texts)
+
+  @functools.lru_cache(maxsize=1)
   def epoch_tables(epoch):
-    return epoch_order(n, seed, epoch), epoch_draws(n, seed, epoch)
+    triplets = split.triplets.draw(seed, epoch)
+    return encoded(triplets), epoch_order(n, seed, epoch), epoch_draws(n, seed, epoch)
+
+  epoch_tables(start_step // per_epoch)  # Here, so that its warnings come at once.
 
   def plan(step):
     """Which rows to read with which random numbers: a few small arrays per step."""
-    order, draws = epoch_tables(int(step // per_epoch))
+    (rows, tokens, token_mask), order, draws = epoch_tables(int(step // per_epoch))
     first = int(step % per_epoch) * batch_size
     here = slice(first + local.start, first + local.stop)
     items = order[here]

@@ -25,8 +25,8 @@ def open_shirts(root, train=True, known_digest=None, **changes):
 
 
 def test_unknown_data_set_is_refused(root):
-  with pytest.raises(ValueError, match="'fashioniq' or 'demo', not 'shoes'"):
-    open_shirts(root, dataset="shoes")
+  with pytest.raises(ValueError, match="'fashioniq', 'shoes', .* got 'cirr'"):
+    open_shirts(root, dataset="cirr")
 
 
 def test_holes_are_an_error_unless_they_are_to_be_skipped(root):

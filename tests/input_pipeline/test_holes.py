@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
-from crn_jax.input_pipeline import fashioniq, holes
+from crn_jax.input_pipeline import fashioniq, folder, holes
 
 MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data" / "fashioniq"
 IMAGES = "resized_image/shirt"
@@ -71,7 +71,7 @@ def cut(path):
     ),
   ],
 )
-@pytest.mark.parametrize("on_missing", fashioniq.ON_MISSING)
+@pytest.mark.parametrize("on_missing", folder.ON_MISSING)
 def test_annotation_files_that_cannot_be_used_end_the_reading(
   root, split, file, spoil, expected, on_missing
 ):
@@ -163,7 +163,7 @@ def test_val_needs_every_image_of_its_gallery(root):
   assert "shirt B00SHIRT04" in message_of(root, train=False)
 
 
-@pytest.mark.parametrize("on_missing", fashioniq.ON_MISSING)
+@pytest.mark.parametrize("on_missing", folder.ON_MISSING)
 def test_a_category_that_becomes_empty_ends_the_reading(root, on_missing):
   (root / IMAGES / "B00SHIRT02.jpg").unlink()  # The target of both queries.
   message = message_of(root, "all", on_missing=on_missing)
@@ -171,7 +171,7 @@ def test_a_category_that_becomes_empty_ends_the_reading(root, on_missing):
   assert "  shirt B00SHIRT02\n" in message
 
 
-@pytest.mark.parametrize("on_missing", fashioniq.ON_MISSING)
+@pytest.mark.parametrize("on_missing", folder.ON_MISSING)
 def test_a_missing_image_folder_tells_which_were_tried(root, on_missing):
   shutil.rmtree(root / IMAGES)
   message = message_of(root, on_missing=on_missing)
