@@ -15,7 +15,7 @@ import tqdm
 
 from crn_jax import ranking
 from crn_jax.input_pipeline import images, loader
-from crn_jax.input_pipeline.dataset import EvalSplit
+from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 from crn_jax.models.crn import BRANCHES, CRN, Branch
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
@@ -118,7 +118,7 @@ class Encoder:
     composed = np.zeros((len(split.queries), width), np.float32)
     text_only = np.zeros_like(composed)
     progress = tqdm.tqdm(total=n_images, desc=f"encode {split.name}", unit="image", leave=False)
-    for i, placed in enumerate(self._pictures(split.image_paths)):
+    for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
       maps, image_vectors = self.encode_images(variables, placed)
       rows = slice(i * batch, min((i + 1) * batch, n_images))
       vectors[rows] = self.parallel.fetch(image_vectors)[: rows.stop - rows.start]
@@ -154,7 +154,7 @@ class Encoder:
     references = [split.image_paths[r] for r in split.queries.reference[queries]]
     constants = (variables, self.zero_maps(variables))
     found = []
-    for i, placed in enumerate(self._pictures(references)):
+    for i, placed in enumerate(self._pictures(references, split.store)):
       maps, _ = self.encode_images(variables, placed)
       due = slice(i * batch, (i + 1) * batch)
       rows = np.arange(len(queries[due]))
@@ -162,7 +162,7 @@ class Encoder:
       found.append({n: a[: len(rows)] for n, a in self.parallel.fetch(out[2]).items()})
     return {n: np.concatenate([f[n] for f in found]) for n in BRANCHES}
 
-  def _pictures(self, paths: Sequence[str]) -> Iterator:
+  def _pictures(self, paths: Sequence[str], store: ImageStore | None) -> Iterator:
     """Batches of the images, placed on the devices; the last one is filled up."""
     data = self.config.data
     batches = loader.eval_image_batches(
@@ -170,6 +170,7 @@ class Encoder:
       batch_size=self.config.eval.batch_size,
       image_size=data.image_size,
       resize=data.resize,
+      store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
