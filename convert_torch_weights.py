@@ -1,7 +1,6 @@
 """Converts timm's Swin Transformer weights for `model.pretrained`.
 
-python convert_torch_weights.py --input=model.safetensors \
-  --output=weights/swin_large_patch4_window7_224.safetensors
+python convert_torch_weights.py --input=model.safetensors --output=weights/swin_large
 """
 
 from absl import app, flags

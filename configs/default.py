@@ -1,17 +1,36 @@
 """Every knob with its default. The other configurations change only what differs.
 
-A configuration takes the preset after a colon: `--config=configs/fashioniq_dress.py:crn_released`.
-Without one it is `crn`. Any field can be changed on the command line: `--config.batch_size=32`.
+A configuration takes a preset, a backbone or both after a colon, joined by a comma:
+`--config=configs/fashioniq_dress.py:crn_released`, `:swin_base`, `:crn_released,swin_base`. Without
+them they are `crn` and the preset's own backbone. Any field can be changed on the command line:
+`--config.batch_size=32`.
 """
 
 import ml_collections
+from absl import flags
+from ml_collections import config_dict
+
+from crn_jax.models.backbones import BACKBONES
+
+# preset -> backbone that it has unless another is named.
+PRESETS = {"crn": "swin_large", "crn_released": "swin_large", "clvc_net": "resnet50"}
 
 
-def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
-  """Configuration of CRN with Swin-L on FashionIQ, all three categories."""
+def get_config(names: str = "") -> ml_collections.ConfigDict:
+  """Configuration of CRN with Swin-L on FashionIQ, all three categories.
+
+  Args:
+    names: a preset, a backbone, or both joined by a comma.
+
+  Raises:
+    flags.IllegalFlagValueError: on other names; it reaches the terminal as one line.
+  """
+  preset, backbone_name = parse_names(names)
   config = ml_collections.ConfigDict()
   config.name = "default"  # Names the work directory, runs/<name>.
-  config.preset = preset  # For the record: the preset's values stand in the fields below.
+  # For the record, with the backbone unless it is the preset's own: what they stand for is in the
+  # fields below.
+  config.preset = preset if backbone_name == PRESETS[preset] else f"{preset}_{backbone_name}"
   config.seed = 599
   config.num_epochs = 50
   config.batch_size = 16  # Over all devices.
@@ -44,15 +63,21 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
   data.markers = "tokens"
 
   config.model = model = ml_collections.ConfigDict()
-  model.backbone = backbone = ml_collections.ConfigDict()  # Swin-L, patch 4, window 7.
-  backbone.embed_dim = 192
-  backbone.depths = (2, 2, 18, 2)
-  backbone.num_heads = (6, 12, 24, 48)
-  backbone.patch_size = 4
-  backbone.window_size = 7
-  backbone.drop_path_rate = 0.1
-  # File of backbone weights made by convert_torch_weights.py; '' starts from random values.
-  model.pretrained = "weights/swin_large_patch4_window7_224.safetensors"
+  model.backbone = backbone = ml_collections.ConfigDict()
+  backbone.name = backbone_name  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet50'.
+  # Sizes, for small models; None is what the name stands for.
+  backbone.depths = config_dict.placeholder(tuple)  # Blocks a stage.
+  backbone.embed_dim = config_dict.placeholder(int)  # Swin only, as the next four.
+  backbone.num_heads = config_dict.placeholder(tuple)  # A stage.
+  backbone.patch_size = config_dict.placeholder(int)  # 4
+  backbone.window_size = config_dict.placeholder(int)  # 7
+  backbone.drop_path_rate = config_dict.placeholder(float)  # 0.1
+  backbone.width = config_dict.placeholder(int)  # ResNet only: channels after the stem, 64.
+  # Backbone weights made by convert_torch_weights.py; '' starts from random values. Unless it is
+  # set, it follows the backbone's name.
+  model.pretrained = "weights/" + backbone.get_ref("name")
+  # Width that the last map is lifted to; None keeps the backbone's, without a layer.
+  model.map_dim = config_dict.placeholder(int)
   model.map_dim = 2048
   model.feature_dim = 1024  # Of vectors and words; a multiple of 64.
   model.word_dim = 768
@@ -110,6 +135,28 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
     config.loss.modification = 0.0
     config.loss.auxiliary = 0.0
     data.markers = "words"
-  elif preset != "crn":
-    raise ValueError(f"preset must be 'crn' or 'crn_released', not {preset!r}")
+  elif preset == "clvc_net":
+    # What CRN grew from (Wen et al., SIGIR 2021).
+    model.map_dim = None
+    model.aggregation = "none"
+    model.word_dim = 512
+    config.loss.modification = 0.0
+    config.loss.auxiliary = 0.0
+    config.batch_size = 32
+    optimizer.learning_rate = 1e-4
   return config
+
+
+def parse_names(names: str) -> tuple[str, str]:
+  """'clvc_net', 'swin_base', 'crn_released,swin_base' or '' -> preset and backbone."""
+  words = [word for word in names.split(",") if word]
+  presets = [word for word in words if word in PRESETS]
+  backbones = [word for word in words if word in BACKBONES]
+  if len(presets) > 1 or len(backbones) > 1 or len(presets) + len(backbones) < len(words):
+    # Not a ValueError, to which the configuration's parser adds a traceback.
+    raise flags.IllegalFlagValueError(
+      f"{names!r} after the configuration's colon: expected a preset ({', '.join(PRESETS)}), a "
+      f"backbone ({', '.join(BACKBONES)}), or one of each with a comma between them"
+    )
+  preset = presets[0] if presets else "crn"
+  return preset, backbones[0] if backbones else PRESETS[preset]

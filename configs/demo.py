@@ -8,10 +8,10 @@ import ml_collections
 from configs import default
 
 
-def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+def get_config(names: str = "") -> ml_collections.ConfigDict:
   """See `configs/default.py`."""
-  config = default.get_config(preset)
-  config.name = f"demo_{preset}"
+  config = default.get_config(names)
+  config.name = f"demo_{config.preset}"
   config.seed = 0
   config.num_epochs = 6
   config.batch_size = 64
@@ -28,10 +28,14 @@ def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
 
   model = config.model
   model.pretrained = ""
-  model.backbone.update(
-    embed_dim=32, depths=(1, 1), num_heads=(2, 4), patch_size=8, window_size=4, drop_path_rate=0.0
-  )
-  model.map_dim = 128
+  if model.backbone.name == "resnet50":
+    model.backbone.update(depths=(1, 1, 1), width=16)
+  else:
+    model.backbone.update(
+      embed_dim=32, depths=(1, 1), num_heads=(2, 4), patch_size=8, window_size=4, drop_path_rate=0.0
+    )
+  if model.map_dim is not None:
+    model.map_dim = 128
   model.feature_dim = 128
   model.word_dim = 64
 

@@ -10,9 +10,9 @@ import ml_collections
 from configs import default
 
 
-def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+def get_config(names: str = "") -> ml_collections.ConfigDict:
   """See `configs/default.py`."""
-  config = default.get_config(preset)
-  config.name = f"fashioniq_all_{preset}"
+  config = default.get_config(names)
+  config.name = f"fashioniq_all_{config.preset}"
   config.data.category = "all"
   return config

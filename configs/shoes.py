@@ -1,9 +1,14 @@
-"""CRN with Swin-L on Shoes, with the published settings.
+"""CRN or CLVC-Net on Shoes, with the published settings.
 
 python main.py --config=configs/shoes.py --config.data.root=PATH
 
-The paper reports R@1 18.92, R@10 54.55, R@50 80.04 (Swin-L, best epoch). An epoch has about twice
-as many steps as there are pairs, see data.shoes_pairs.
+Published R@1 / R@10 / R@50 (best epoch; the rows of CRN were read second-hand):
+  shoes.py            CRN, Swin-L     18.92 / 54.55 / 80.04
+  shoes.py:swin_base  CRN, Swin-B     17.32 / 54.15 / 79.34
+  shoes.py:resnet50   CRN, ResNet-50  17.19 / 53.88 / 79.12
+  shoes.py:clvc_net   CLVC-Net        17.64 / 54.39 / 79.47
+
+An epoch has about twice as many steps as there are pairs, see data.shoes_pairs.
 """
 
 import ml_collections
@@ -11,10 +16,10 @@ import ml_collections
 from configs import default
 
 
-def get_config(preset: str = "crn") -> ml_collections.ConfigDict:
+def get_config(names: str = "") -> ml_collections.ConfigDict:
   """See `configs/default.py`."""
-  config = default.get_config(preset)
-  config.name = f"shoes_{preset}"
+  config = default.get_config(names)
+  config.name = f"shoes_{config.preset}"
   config.seed = 6195
   config.data.dataset = "shoes"
   config.data.root = "data/shoes"

@@ -69,13 +69,15 @@ def grid_rows(
   top, scores = ranking.top_k(encoded.composed[chosen], encoded.images[gallery], TOP, exclude)
   rows = []
   for i, query in enumerate(chosen):
-    at = np.flatnonzero(labels[top[i]] == target[query])
+    ranked = top[i] != exclude[i]  # Of a gallery smaller than `TOP` all is returned.
+    at = np.flatnonzero(labels[top[i][ranked]] == target[query])
     rows.append(
       GridRow(
         reference=split.image_paths[split.queries.reference[query]],
         text=_text(split, query),
         top=tuple(
-          (split.image_paths[gallery[g]], float(s)) for g, s in zip(top[i], scores[i], strict=True)
+          (split.image_paths[gallery[g]], float(s))
+          for g, s in zip(top[i][ranked], scores[i][ranked], strict=True)
         ),
         target=split.image_paths[split.queries.target[query]],
         target_position=int(at[0]) if len(at) else None,

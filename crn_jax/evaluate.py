@@ -65,7 +65,7 @@ def evaluate(
     "dataset": dataset.name,
     "checkpoint_step": int(checkpoint_step),
     "selection": selection,
-    "captions": config.data.captions,
+    "captions": caption_use(dataset.evals, config),
     "exclude_reference": config.eval.exclude_reference,
     "best_metric": config.eval.best_metric,
     "breakdown_protocol": breakdown_protocol(config),
@@ -78,6 +78,12 @@ def evaluate(
   if dataset.skipped:
     results["skipped"] = dataset.skipped
   return Evaluation(results, encoded, ranks)
+
+
+def caption_use(splits: Sequence[EvalSplit], config: ml_collections.ConfigDict) -> str:
+  """How the captions of a query are used, for the record: "single" if there is nothing to join."""
+  single = all(len(text) == 1 for s in splits for text in s.queries.texts)
+  return "single" if single and config.data.captions == "joined" else config.data.captions
 
 
 def split_ranks(

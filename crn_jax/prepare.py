@@ -63,7 +63,10 @@ def report(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> str:
     for name, rows in split.galleries.items():
       absent = int((~np.isin(split.queries.target, rows)).sum())
       if absent:
-        lines.append(f"{split.name}: {absent:,} queries have no target in {name}: misses")
+        lines.append(
+          f"{split.name}: {absent:,} of {len(split.queries):,} queries have their target outside "
+          f"{name} and are misses"
+        )
   lines += dataset.remarks
   lines += holes.describe_skipped(dataset.skipped).splitlines() or ["nothing was left out"]
   return "\n".join(lines)
@@ -73,8 +76,9 @@ def _describe_texts(name: str, texts: Sequence[Sequence[str]], vocabulary: Vocab
   lines = []
   if n_cut := vocabulary.truncated_count(texts):
     lines.append(
-      f"{name}: {n_cut:,} texts are longer than data.max_words = {vocabulary.max_words} and are cut"
+      f"{name}: {n_cut:,} of {len(texts):,} texts are longer than data.max_words = "
+      f"{vocabulary.max_words} and are cut"
     )
   if n_empty := sum(not any(tokenize(caption) for caption in text) for text in texts):
-    lines.append(f"{name}: {n_empty:,} texts have no word")
+    lines.append(f"{name}: {n_empty:,} of {len(texts):,} texts have no word")
   return lines

@@ -80,8 +80,9 @@ def write(
 def title(split: EvalSplit, protocol: str, results: dict) -> str:
   """What the ranks of a split's pictures mean: everything that changes the numbers."""
   dataset = results["dataset"].partition("/")[0]
+  name = split.name if split.name == dataset else f"{dataset}/{split.name}"
   return (
-    f"{dataset}/{split.name}: {protocol}, gallery {len(split.galleries[protocol])}, reference "
+    f"{name}: {protocol}, gallery {len(split.galleries[protocol])}, reference "
     f"{'excluded' if results['exclude_reference'] else 'kept'}, captions {results['captions']}, "
     f"{evaluate.describe_selection(results)}"
   )

@@ -13,7 +13,7 @@ from crn_jax.input_pipeline import holes, loader
 from crn_jax.input_pipeline.datasets import open_dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 from crn_jax.interrupt import Interrupted, Interruption
-from crn_jax.models import crn
+from crn_jax.models import backbones, crn
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.progress import Progress
 from crn_jax.train_step import TrainState, make_train_step
@@ -38,6 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   workdir = pathlib.Path(workdir)
   parallel = DataParallel.create(config.parallel.mode)
   parallel.check_batch_size(config.batch_size, "batch_size")
+  backbones.create(config.model.backbone)  # Before data are read, for its errors.
   run.check_config(config, workdir, run.free_fields(config))
   dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
   run.check_data(dataset, workdir)

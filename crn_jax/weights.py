@@ -33,28 +33,30 @@ def initial_variables(model: CRN, config: ml_collections.ConfigDict) -> dict:
   variables = init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)
   if path:
     for name in BRANCHES:
-      own = variables["params"][name]
-      own["backbone"] = load_backbone(path, own["backbone"])
+      own = {c: tree[name] for c, tree in variables.items() if "backbone" in tree[name]}
+      loaded = load_backbone(path, {c: tree["backbone"] for c, tree in own.items()})
+      for collection, tree in own.items():
+        tree["backbone"] = loaded[collection]
   return variables
 
 
-def save_backbone(params: dict, path: str | os.PathLike) -> None:
-  """Writes backbone parameters to a safetensors file, atomically."""
-  flat = traverse_util.flatten_dict(params, sep="/")
+def save_backbone(variables: dict, path: str | os.PathLike) -> None:
+  """Writes {'params'[, 'batch_stats']} of a backbone to a safetensors file, atomically."""
+  flat = traverse_util.flatten_dict(variables, sep="/")
   arrays = {k: np.ascontiguousarray(v) for k, v in flat.items()}
   with files.replacing(path) as partial:
     safetensors.numpy.save_file(arrays, partial)
 
 
 def load_backbone(path: str | os.PathLike, like: dict) -> dict:
-  """Reads backbone parameters written by `save_backbone`.
+  """Reads backbone variables written by `save_backbone`.
 
   Args:
     path: the file.
-    like: parameters of the backbone, for structure and shapes.
+    like: {'params'[, 'batch_stats']} of the backbone, for structure and shapes.
 
   Raises:
-    ValueError: if the file holds other parameters; names the first differences.
+    ValueError: if the file holds other variables; names the first differences.
   """
   loaded = safetensors.numpy.load_file(path)
   expected = {k: v.shape for k, v in traverse_util.flatten_dict(like, sep="/").items()}

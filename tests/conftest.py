@@ -10,6 +10,18 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
 
+# These hold weights at Swin-L's widths: one process for all of them, or memory runs short.
+_LARGE = ("test_forward_parity", "test_heads_grid", "test_losses_parity", "test_train_parity")
+
+
+@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
+def pytest_collection_modifyitems(items):
+  """A process runs whole files, whose fixtures are then computed once."""
+  for item in items:
+    name = item.path.stem
+    item.add_marker(pytest.mark.xdist_group("large" if name in _LARGE else name))
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
   """Compiles without optimisation: half the time, where a test is mostly compilation."""

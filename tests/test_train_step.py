@@ -11,7 +11,7 @@ import pytest
 
 from crn_jax import parallel, train_step
 from crn_jax.input_pipeline import images
-from crn_jax.models import crn, swin
+from crn_jax.models import crn
 from tests import tiny_model as tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -20,29 +20,35 @@ BATCH = 4
 TX = optax.sgd(0.1)
 
 
-def config(update_mode="alternating", dtype="float32", auxiliary=1.0, drop_path=0.1):
-  c = tiny.config(drop_path_rate=drop_path)
+def config(
+  names="crn", *, update_mode="alternating", dtype="float32", auxiliary=None, drop_path=None
+):
+  c = tiny.config(names)
+  if drop_path is not None:
+    c.model.backbone.drop_path_rate = drop_path
   c.update_mode = update_mode
   c.model.dtype = dtype
-  c.loss.auxiliary = auxiliary
+  if auxiliary is not None:
+    c.loss.auxiliary = auxiliary
   return c
 
 
 @functools.cache
-def compiled_step(**changes):
-  c = config(**changes)
+def compiled_step(names="crn", **changes):
+  c = config(names, **changes)
   return jax.jit(train_step.make_train_step(tiny.model(c), TX, c, None))
 
 
 @functools.cache
-def start() -> train_step.TrainState:
-  return tiny.state(config(), TX)
+def start(names="crn") -> train_step.TrainState:
+  return tiny.state(config(names), TX)
 
 
 @functools.cache
-def first_update(**changes):
+def first_update(names="crn", **changes):
   """State and metrics after the first step."""
-  return jax.device_get(compiled_step(**changes)(start(), tiny.batch(config(), BATCH)))
+  step = compiled_step(names, **changes)
+  return jax.device_get(step(start(names), tiny.batch(config(names), BATCH)))
 
 
 def equal(a, b) -> bool:
@@ -85,23 +91,26 @@ def test_the_update_compiles_once(mode):
     ("simultaneous", 1.0, 4 * BATCH + 2),
   ],
 )
-def test_each_image_passes_a_backbone_as_often_as_needed(update_mode, auxiliary, expected):
+@pytest.mark.parametrize("names", ["crn", "crn,resnet50"])
+def test_each_image_passes_a_backbone_as_often_as_needed(names, update_mode, auxiliary, expected):
   """Reference and target, in both branches and, alternating, in the updated local branch again.
 
   The auxiliary relation adds one zero image a branch.
   """
-  c = config(update_mode=update_mode, auxiliary=auxiliary)
-  passed = []
+  c = config(names, update_mode=update_mode, auxiliary=auxiliary)
+  state, passed = start(names), []
 
   def count(next_method, args, kwargs, context):
-    if isinstance(context.module, swin.SwinTransformer) and context.method_name == "__call__":
+    if context.module.name == "backbone" and context.method_name == "__call__":
       passed.append(args[0].shape[0])
     return next_method(*args, **kwargs)
 
   step = train_step.make_train_step(tiny.model(c), TX, c, None)
   with nn.intercept_methods(count):
-    jax.eval_shape(step, start(), tiny.batch(c, BATCH))
+    jax.eval_shape(step, state, tiny.batch(c, BATCH))
   assert sum(passed) == expected
+  # The zero image comes first: it takes the running statistics from before the step.
+  assert passed[0] == (1 if auxiliary else 2 * BATCH)
 
 
 @pytest.mark.slow
@@ -142,12 +151,18 @@ def test_the_first_gradient_is_finite():
 
 
 @pytest.mark.slow
-def test_running_statistics_are_moved_once_by_the_pass_with_gradients():
+# 14 BatchNorms in two Inception units, 9 in this ResNet, with a mean and a variance each.
+@pytest.mark.parametrize(
+  ("names", "drop_path", "arrays"),
+  [("crn", 0.0, 28), ("crn,resnet50", None, 28 + 18), ("clvc_net", None, 28 + 18)],
+)
+def test_running_statistics_are_moved_once_by_the_pass_with_gradients(names, drop_path, arrays):
   """Neither the zero image nor the updated local branch's pass as a teacher moves them."""
-  state, _ = first_update(drop_path=0.0)
-  c = config(drop_path=0.0)
+  state, metrics = first_update(names, drop_path=drop_path)
+  assert all(np.isfinite(value) for value in metrics.values())
+  c = config(names, drop_path=drop_path)
   batch = tiny.batch(c, BATCH)
-  before = start()
+  before = start(names)
   for name in crn.BRANCHES:
     _, updated = tiny.model(c).branches[name].apply(
       {'params': before.params[name], 'batch_stats': before.batch_stats[name]},
@@ -156,9 +171,22 @@ def test_running_statistics_are_moved_once_by_the_pass_with_gradients():
       auxiliary=False, mutable=['batch_stats'],
     )  # fmt: skip
     got, expected = state.batch_stats[name], updated["batch_stats"]
-    assert len(jax.tree.leaves(got)) == 28
+    assert len(jax.tree.leaves(got)) == arrays
     assert not equal(got, before.batch_stats[name])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["crn,resnet50", "clvc_net"])
+def test_every_parameter_of_a_resnet_is_trained(names):
+  """Gradients reach all of it; without the relations, their module alone stays as it was."""
+  state, _ = first_update(names, drop_path=None)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b.astype(np.float32)).any()), state.params, start(names).params
+  )
+  for path, value in jax.tree_util.tree_leaves_with_path(moved):
+    name = jax.tree_util.keystr(path)
+    assert value == (names != "clvc_net" or "relation" not in name), name
 
 
 @pytest.mark.slow

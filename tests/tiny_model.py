@@ -11,17 +11,22 @@ from crn_jax.models import crn
 VOCAB_SIZE = 20
 
 
-def config(preset: str = "crn", **backbone):
+def config(names: str = "crn", **backbone):
   """32 x 32 images, a 4 x 4 last map, vectors of 64."""
-  c = default.get_config(preset)
+  c = default.get_config(names)
   c.data.image_size = 32
   c.data.max_words = 8
-  c.model.backbone.update(
-    embed_dim=16, depths=(2, 1), num_heads=(1, 2), patch_size=4, window_size=4,
-    drop_path_rate=0.1,
-  )  # fmt: skip
+  if c.model.backbone.name == "resnet50":
+    c.model.backbone.update(depths=(1, 1), width=8)  # Maps of 32 and 64 channels.
+  else:
+    c.model.backbone.update(
+      embed_dim=16, depths=(2, 1), num_heads=(1, 2), patch_size=4, window_size=4,
+      drop_path_rate=0.1,
+    )  # fmt: skip
   c.model.backbone.update(backbone)
-  c.model.update(map_dim=64, feature_dim=64, word_dim=16)
+  c.model.update(feature_dim=64, word_dim=16)
+  if c.model.map_dim is not None:
+    c.model.map_dim = 64
   return c
 
 

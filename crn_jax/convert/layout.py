@@ -4,6 +4,8 @@ PyTorch keeps (out, in, *window), Flax (*window, in, out); patch embedding and 1
 are plain matrices here. Everything that is not a kernel is the same in both.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 
 KERNELS = ("kernel", "hidden_kernel")
@@ -36,3 +38,44 @@ def to_torch(array: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray
     return array.reshape(shape)
   array = array.reshape(*shape[2:], shape[1], shape[0])
   return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
+
+
+def fill(
+  flat: Mapping[tuple, np.ndarray],
+  names: Mapping[tuple, str],
+  state_dict: Mapping[str, np.ndarray],
+  source: str,
+  model: str,
+) -> dict[tuple, np.ndarray]:
+  """Flat variables with the values of a state dict.
+
+  Args:
+    flat: path -> variable (or its shape), what is to be filled.
+    names: path -> name in the state dict.
+    state_dict: name -> tensor; must hold these names and no others.
+    source: file that the weights come from, for messages.
+    model: what the variables belong to, for messages.
+
+  Returns:
+    path -> float32 array.
+
+  Raises:
+    ValueError: if weights are missing, left over, or of another shape; names them.
+  """
+  known = set(names.values())
+  problems = [f"missing {name}" for name in names.values() if name not in state_dict]
+  problems += [f"unexpected {name}" for name in state_dict if name not in known]
+  filled = {}
+  for path, name in names.items():
+    if name in state_dict:
+      tensor = np.asarray(state_dict[name], np.float32)
+      try:
+        filled[path] = to_flax(tensor, path[-1], flat[path].shape)
+      except ValueError as error:
+        problems.append(f"{name} {error}")
+  if problems:
+    shown = "\n  ".join(problems[:10])
+    raise ValueError(
+      f"{source}: not the weights of this {model} ({len(problems)} differences):\n  {shown}"
+    )
+  return filled

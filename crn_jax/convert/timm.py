@@ -75,24 +75,9 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
   state_dict = modern_names(state_dict)
   flat = traverse_util.flatten_dict(params)
   names = {path: timm_name(path) for path in flat}
-  problems = [f"missing {n}" for n in names.values() if n not in state_dict]
-  problems += [f"unexpected {n}" for n in state_dict if n not in set(names.values())]
-  loaded = {}
-  for path, name in names.items():
-    if name in state_dict:
-      try:
-        loaded[path] = layout.to_flax(
-          np.asarray(state_dict[name], np.float32), path[-1], flat[path].shape
-        )
-      except ValueError as error:
-        problems.append(f"{name} {error}")
-  if problems:
-    shown = "\n  ".join(problems[:10])
-    raise ValueError(
-      f"{source}: not the weights of this Swin Transformer ({len(problems)} differences):\n"
-      f"  {shown}"
-    )
-  return traverse_util.unflatten_dict(loaded)
+  return traverse_util.unflatten_dict(
+    layout.fill(flat, names, state_dict, source, "Swin Transformer")
+  )
 
 
 def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
@@ -159,7 +144,7 @@ def convert_file(
   image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
   like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], image)
   params = load_swin(like, state_dict, str(source))
-  weights.save_backbone(params, target)
+  weights.save_backbone({"params": params}, target)
   count = sum(x.size for x in jax.tree.leaves(params))
   return f"{target}: {count:,} parameters; model.backbone = {arguments}"
 

@@ -40,6 +40,7 @@ class Annotations:
     named_ids: those of `image_ids` that items name, in order of first appearance, candidate before
       target. Bad items count: the gallery made of these ids shall not shrink with the queries.
     n_items: number of items of the captions file, good or bad.
+    n_repeated: number of ids that the split list names again.
     problems: what is wrong. A file that cannot be used at all is a fatal problem, and counts as
       empty above.
   """
@@ -50,6 +51,7 @@ class Annotations:
   image_ids: tuple[str, ...]
   named_ids: tuple[str, ...]
   n_items: int
+  n_repeated: int
   problems: tuple[Problem, ...]
 
   @property
@@ -119,6 +121,7 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
     image_ids=tuple(dict.fromkeys(ids)),
     named_ids=tuple(dict.fromkeys(i for i in named if isinstance(i, str) and i in known)),
     n_items=len(items),
+    n_repeated=len(ids) - len(frozenset(ids)),
     problems=tuple(problems),
   )
 

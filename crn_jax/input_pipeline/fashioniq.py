@@ -27,6 +27,7 @@ from crn_jax.input_pipeline.annotations import (
   Entry,
   captions_file,
   read_annotations,
+  split_file,
   used_ids,
 )
 from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit, Triplets
@@ -103,6 +104,11 @@ def read(
     evals=tuple(_to_eval_split(p, caption_use) for p in parts if p.split == "val"),
     skipped=skipped,
     image_digest=digest,
+    remarks=tuple(
+      f"{split_file(a.category, a.split)}: {a.n_repeated:,} repeated ids, each counts once"
+      for a in annotations
+      if a.n_repeated
+    ),
   )
 
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from crn_jax.models import swin
+from crn_jax.models import backbones
 from crn_jax.models.aggregation import ImageHead, ImageOutput
 from crn_jax.models.composition import GlobalComposition, LocalComposition
 from crn_jax.models.layers import GeM
@@ -81,11 +81,7 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = swin.SwinTransformer(
-      **{k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in c.backbone.items()},
-      dtype=dtype,
-      axis_name=self.axis_name,
-    )
+    self.backbone = backbones.create(c.backbone, dtype, self.axis_name)
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]
@@ -96,20 +92,24 @@ class Branch(nn.Module):
       dtype,
     )
     self.query_pool = GeM()
-    pooled = c.map_dim if self.kind == "local" else c.feature_dim
+    map_dim = c.map_dim if c.map_dim is not None else self.backbone.map_dim
+    pooled = map_dim if self.kind == "local" else c.feature_dim
     self.query_fc = torch_dense(pooled, c.feature_dim, dtype)
     self.relation = Relation(dtype)
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(10.0), (1,))
 
   def encode_image(self, images: jax.Array, *, train: bool) -> ImageOutput:
-    """Encodes normalised images [batch, height, width, 3]."""
+    """Encodes normalised images [batch, height, width, 3].
+
+    Training moves the running statistics of a backbone that has some.
+    """
     out = self.head(self.backbone(images, train=train))
     return out.replace(vector=_at_least_float32(out.vector))
 
   def encode_zero_image(self, height: int, width: int) -> ImageOutput:
     """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1.
 
-    Without stochastic depth: it is a constant for given parameters.
+    Without stochastic depth and batch statistics: it is a constant for given variables.
     """
     return self.encode_image(jnp.zeros((1, height, width, 3)), train=False)
 
@@ -160,6 +160,8 @@ class Branch(nn.Module):
       modification: whether to compute `difference` and `text_vector`.
       auxiliary: whether to compute `auxiliary_vector`.
     """
+    # Before the pass that moves a backbone's running statistics, of which it takes those at hand.
+    zero = self.encode_zero_image(*reference.shape[1:3]) if auxiliary else None
     batch = reference.shape[0]
     # One backbone pass for both; interleaved, so that a shard of triplets is a shard of images.
     images = jnp.stack([reference, target], axis=1).reshape(2 * batch, *reference.shape[1:])
@@ -176,7 +178,6 @@ class Branch(nn.Module):
         text_vector=_at_least_float32(max_over_words(words, mask)),
       )
     if auxiliary:
-      zero = self.encode_zero_image(*reference.shape[1:3])
       out = out.replace(
         auxiliary_vector=self.compose_zero_image(zero.map, words, mask, train=train)
       )

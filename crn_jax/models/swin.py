@@ -8,40 +8,26 @@ import math
 from collections.abc import Sequence
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from crn_jax.models import linear
+from crn_jax.models.feature_maps import FeatureMaps
 
-# name -> arguments of `SwinTransformer`, as in timm.
+# name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
-  'swin_tiny_patch4_window7_224': {
+  'swin_tiny': {
     'embed_dim': 96, 'depths': (2, 2, 6, 2), 'num_heads': (3, 6, 12, 24)},
-  'swin_small_patch4_window7_224': {
+  'swin_small': {
     'embed_dim': 96, 'depths': (2, 2, 18, 2), 'num_heads': (3, 6, 12, 24)},
-  'swin_base_patch4_window7_224': {
+  'swin_base': {
     'embed_dim': 128, 'depths': (2, 2, 18, 2), 'num_heads': (4, 8, 16, 32)},
-  'swin_large_patch4_window7_224': {
+  'swin_large': {
     'embed_dim': 192, 'depths': (2, 2, 18, 2), 'num_heads': (6, 12, 24, 48)},
 }  # fmt: skip
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
-
-
-@flax.struct.dataclass
-class SwinOutput:
-  """Feature maps of one backbone pass.
-
-  Attributes:
-    map: [batch, h, w, dim] last feature map after the final LayerNorm.
-    stages: token grids; entry k < last is the grid after the patch merging that follows stage k
-      ([batch, h/2, w/2, 2 * dim_k]), the last is the last stage's output before the LayerNorm.
-  """
-
-  map: jax.Array
-  stages: tuple[jax.Array, ...]
 
 
 def layer_norm(dtype, name: str | None = None) -> nn.LayerNorm:
@@ -226,8 +212,13 @@ class SwinTransformer(nn.Module):
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
 
+  @property
+  def map_dim(self) -> int:
+    """Width of the last map."""
+    return self.embed_dim * 2 ** (len(self.depths) - 1)
+
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> SwinOutput:
+  def __call__(self, images: jax.Array, *, train: bool) -> FeatureMaps:
     """Encodes images.
 
     Args:
@@ -235,7 +226,9 @@ class SwinTransformer(nn.Module):
       train: whether stochastic depth is on (needs the PRNG stream 'drop_path').
 
     Returns:
-      `SwinOutput`.
+      `FeatureMaps`: entry k < last of `stages` is the grid after the patch merging that follows
+      stage k, [batch, h/2, w/2, 2 * dim_k]; the last is the last stage's output, of which `map` is
+      the final LayerNorm.
 
     Raises:
       ValueError: if height or width is not a multiple of the patch size.
@@ -253,7 +246,7 @@ class SwinTransformer(nn.Module):
           name=f"stage{i}_block{j}",
         )(x, train=train)  # fmt: skip
         block += 1
-    return SwinOutput(layer_norm(self.dtype, "norm")(x), (*stages, x))
+    return FeatureMaps(layer_norm(self.dtype, "norm")(x), (*stages, x))
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:
     """A strided convolution, written as a matrix product: three times as fast on a CPU."""

@@ -46,8 +46,8 @@ def test_a_file_is_converted_and_loads_into_the_backbone(params, tmp_path):
   safetensors.numpy.save_file(timm_state_dict(params), tmp_path / "timm.safetensors")
   said = timm.convert_file(tmp_path / "timm.safetensors", tmp_path / "out" / "swin.safetensors")
   assert str(ARGUMENTS) in said  # the sizes are read off the weights
-  loaded = weights.load_backbone(tmp_path / "out" / "swin.safetensors", params)
-  jax.tree.map(np.testing.assert_array_equal, loaded, params)
+  loaded = weights.load_backbone(tmp_path / "out" / "swin.safetensors", {"params": params})
+  jax.tree.map(np.testing.assert_array_equal, loaded, {"params": params})
 
 
 def test_an_existing_file_is_replaced_only_on_demand(params, tmp_path):
@@ -58,15 +58,15 @@ def test_an_existing_file_is_replaced_only_on_demand(params, tmp_path):
     timm.convert_file(tmp_path / "timm.safetensors", target)
   assert target.read_text() == "mine"
   timm.convert_file(tmp_path / "timm.safetensors", target, replace=True)
-  weights.load_backbone(target, params)
+  weights.load_backbone(target, {"params": params})
 
 
 def test_other_weights_are_refused_with_the_differences(params, tmp_path):
   path = tmp_path / "swin.safetensors"
-  weights.save_backbone(params, path)
+  weights.save_backbone({"params": params}, path)
   del params["norm"]
-  with pytest.raises(ValueError, match=r"norm/scale: \(16,\) in the file, absent in the model"):
-    weights.load_backbone(path, params)
+  with pytest.raises(ValueError, match=r"params/norm/scale: \(16,\) in the file, absent"):
+    weights.load_backbone(path, {"params": params})
 
 
 def test_files_that_are_no_swin_weights_are_named(tmp_path):

@@ -217,3 +217,31 @@ def test_missing_root_is_named(tmp_path):
 def test_unknown_choices_are_refused(choice, message):
   with pytest.raises(ValueError, match=message):
     fashioniq.read(MINI, **{"category": "dress", **choice})
+
+
+def test_an_id_that_a_list_repeats_counts_once_and_is_told(root):
+  path = root / "image_splits" / "split.shirt.val.json"
+  plain = fashioniq.read(root, "shirt")
+  write_json(path, [*read_json(path), *read_json(path)[:2]])
+  data = fashioniq.read(root, "shirt")
+  assert data.evals[0].image_ids == plain.evals[0].image_ids
+  assert plain.remarks == ()
+  assert data.remarks == ("image_splits/split.shirt.val.json: 2 repeated ids, each counts once",)
+
+
+def test_ids_cannot_lead_out_of_the_folder(root):
+  outside = root.parent / "x.jpg"
+  shutil.copy(next((root / "resized_image" / "shirt").iterdir()), outside)
+  path = root / "image_splits" / "split.shirt.val.json"
+  for image_id in ("../../../x", str(outside.with_suffix(""))):
+    write_json(path, [*read_json(path), image_id])
+    with pytest.raises(ValueError, match="image has no file|images have no file"):
+      fashioniq.read(root, "shirt")
+
+
+def test_captions_may_be_empty_or_of_any_letters_and_line_ends(root):
+  path = root / "captions" / "cap.shirt.train.json"
+  entries = read_json(path)
+  entries[0]["captions"] = ["", "plus \u00e9l\u00e9gante"]
+  path.write_bytes(json.dumps(entries, indent=1, ensure_ascii=False).replace("\n", "\r\n").encode())
+  assert fashioniq.read(root, "shirt").train.triplets.texts[0] == ("", "plus élégante")

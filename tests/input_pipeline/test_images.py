@@ -140,6 +140,14 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
   assert abs(image.astype(int) - 204).max() <= 2
 
 
+def test_sixteen_bits_become_what_pillow_makes_of_them(tmp_path):
+  # Pillow clips: values above 255 are white.
+  values = np.array([[0, 7, 255], [256, 4000, 65535]], np.uint16)
+  Image.fromarray(values).save(tmp_path / "image.png")
+  expected = np.minimum(values, 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+  np.testing.assert_array_equal(images.decode(tmp_path / "image.png"), expected)
+
+
 def test_exif_orientation_is_ignored_as_in_the_release(tmp_path):
   exif = Image.Exif()
   exif[0x0112] = 6  # Orientation: rotate by 90 degrees to view.

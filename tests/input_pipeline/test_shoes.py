@@ -12,9 +12,7 @@ from crn_jax.input_pipeline import shoes
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 MINI = GOLDENS / "mini_data" / "shoes"
 CAPTIONS = "relative_captions_shoes.json"
-SNEAKER = (
-  "womens_sneakers/3/img_womens_sneakers_8.jpg"  # Gallery, two queries' target or reference.
-)
+SNEAKER = "womens_sneakers/3/img_womens_sneakers_8.jpg"  # An end of four queries.
 
 
 @pytest.fixture(scope="module")

@@ -44,7 +44,7 @@ def torch_shape(flax_shape, leaf: str, name: str) -> list[int]:
 def variant(request):
   """timm's facts, our parameter shapes, and the calls that made them."""
   seen = []
-  model = swin.SwinTransformer(**swin.VARIANTS[request.param])
+  model = swin.SwinTransformer(**swin.VARIANTS[request.param.removesuffix("_patch4_window7_224")])
   return TIMM[request.param], shapes(model, 224, 224, seen), seen
 
 

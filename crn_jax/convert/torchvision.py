@@ -1,0 +1,71 @@
+"""torchvision's ResNet weights <-> variables of `crn_jax.models.resnet`."""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from flax import traverse_util
+
+from crn_jax.convert import layout
+
+_LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+
+def torchvision_name(path: tuple[str, ...]) -> str:
+  """Name in torchvision of a parameter or running statistic of the backbone.
+
+  Args:
+    path: Flax path below the collection, e.g. ('stage1_block0', 'conv_shortcut', 'kernel').
+
+  Returns:
+    E.g. 'layer2.0.downsample.0.weight'.
+  """
+  *modules, leaf = path
+  name = ".".join((*modules, _LEAVES.get(leaf, leaf)))
+  name = re.sub(r"^stage(\d+)_block(\d+)", lambda m: f"layer{int(m[1]) + 1}.{m[2]}", name)
+  return name.replace("conv_shortcut", "downsample.0").replace("bn_shortcut", "downsample.1")
+
+
+def load_resnet(variables: Mapping, state_dict: Mapping[str, np.ndarray], source: str) -> dict:
+  """Backbone variables with torchvision's values.
+
+  Args:
+    variables: {'params', 'batch_stats'} of the backbone (or their shapes), the structure to fill.
+    state_dict: torchvision's names -> arrays; the classifier `fc` and the counters
+      `num_batches_tracked` are left out.
+    source: file that the weights come from, for messages.
+
+  Returns:
+    A tree like `variables`, float32.
+
+  Raises:
+    ValueError: if weights are missing, left over, or of another shape; names them.
+  """
+  state_dict = {
+    name: tensor
+    for name, tensor in state_dict.items()
+    if not name.startswith("fc.") and not name.endswith(".num_batches_tracked")
+  }
+  flat = traverse_util.flatten_dict(variables)
+  names = {path: torchvision_name(path[1:]) for path in flat}
+  return traverse_util.unflatten_dict(layout.fill(flat, names, state_dict, source, "ResNet"))
+
+
+def to_torchvision(variables: Mapping) -> dict[str, np.ndarray]:
+  """Inverse of `load_resnet`: backbone variables -> state dict without a classifier.
+
+  torchvision's strict loading wants a counter beside each running mean; it is 0 here.
+  """
+  state_dict = {}
+  for path, value in traverse_util.flatten_dict(variables).items():
+    shape = value.shape
+    if path[-1] == "kernel":
+      # A 1 x 1 convolution is a plain matrix here.
+      window = shape[:-2] or (1, 1)
+      shape = (shape[-1], shape[-2], *window)
+    name = torchvision_name(path[1:])
+    state_dict[name] = layout.to_torch(np.asarray(value), path[-1], shape)
+    if path[-1] == "mean":
+      counter = name.replace("running_mean", "num_batches_tracked")
+      state_dict[counter] = np.zeros((), np.int64)
+  return state_dict

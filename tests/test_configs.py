@@ -1,0 +1,103 @@
+"""Configurations: presets and backbones after the colon, their names, their values."""
+
+import importlib
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import torch
+from absl import flags
+
+from configs import default
+from crn_jax.convert import layout, timm
+from crn_jax.models import backbones
+from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvision)
+
+import timm as timm_models  # isort: skip
+
+CONFIGS = sorted(p.stem for p in (pathlib.Path(default.__file__).parent).glob("*.py"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("names", ["", "clvc_net", "swin_base", "crn_released,swin_tiny"])
+def test_every_configuration_takes_a_preset_a_backbone_or_both(name, names):
+  config = importlib.import_module(f"configs.{name}").get_config(names)
+  assert (config.preset, config.model.backbone.name) == {
+    "": ("crn", "swin_large"),
+    "clvc_net": ("clvc_net", "resnet50"),
+    "swin_base": ("crn_swin_base", "swin_base"),
+    "crn_released,swin_tiny": ("crn_released_swin_tiny", "swin_tiny"),
+  }[names]
+  backbones.create(config.model.backbone)
+  if name != "default":
+    assert config.name == f"{name}_{config.preset}"
+
+
+def test_the_order_does_not_matter():
+  ours, other = (default.get_config(n) for n in ("clvc_net,swin_base", "swin_base,clvc_net"))
+  assert ours.to_dict() == other.to_dict()
+
+
+@pytest.mark.parametrize("names", ["crm", "crn,clvc_net", "swin_base,swin_tiny", "crn;swin_base"])
+def test_other_names_are_refused_in_one_line_with_the_choices(names):
+  with pytest.raises(flags.IllegalFlagValueError) as error:
+    default.get_config(names)
+  message = str(error.value)
+  for known in (repr(names), *default.PRESETS, *backbones.BACKBONES):
+    assert known in message, known
+  assert "\n" not in message
+
+
+def test_pretrained_weights_follow_the_backbone_until_they_are_set():
+  config = default.get_config("crn")
+  assert config.model.pretrained == "weights/swin_large"
+  config.model.backbone.name = "resnet50"  # As on the command line.
+  assert config.model.pretrained == "weights/resnet50"
+  config.model.pretrained = ""
+  config.model.backbone.name = "swin_tiny"
+  assert config.model.pretrained == ""
+
+
+def test_clvc_net_has_its_published_settings():
+  config = default.get_config("clvc_net")
+  assert (config.batch_size, config.optimizer.learning_rate) == (32, 1e-4)
+  assert (config.model.word_dim, config.model.map_dim) == (512, None)
+  assert config.model.aggregation == "none"
+  assert config.loss.modification == config.loss.auxiliary == 0.0
+
+
+def test_an_unknown_backbone_is_refused_with_the_choices():
+  config = default.get_config().model.backbone
+  config.name = "resnet51"
+  with pytest.raises(ValueError, match="'resnet51'; choose one of swin_tiny, .*, resnet50$"):
+    backbones.create(config)
+
+
+def test_a_size_that_a_backbone_does_not_have_is_refused():
+  config = default.get_config("resnet50").model.backbone
+  config.window_size = 12
+  with pytest.raises(ValueError, match="window_size = 12 is set, but resnet50 has no such size"):
+    backbones.create(config)
+
+
+@pytest.mark.parametrize("name", [n for n in backbones.BACKBONES if n.startswith("swin")])
+def test_a_named_swin_has_all_tensors_of_timm(name):
+  """Names and shapes, of timm itself; without its classifier."""
+  module = backbones.create(default.get_config(name).model.backbone)
+  params = jax.eval_shape(
+    lambda: module.init(jax.random.key(0), np.zeros((1, 224, 224, 3)), train=False)["params"]
+  )
+  with torch.device("meta"):  # Without values.
+    model = timm_models.create_model(f"{name}_patch4_window7_224", num_classes=0)
+  expected = {k: list(v.shape) for k, v in model.state_dict().items()}
+  ours = {}
+  for path, value in jax.tree_util.tree_leaves_with_path(params):
+    path = tuple(key.key for key in path)
+    torch_name = timm.timm_name(path)
+    shape = tuple(expected[torch_name])
+    like = np.broadcast_to(np.float32(0), shape)
+    assert layout.to_flax(like, path[-1], value.shape).shape == value.shape
+    ours[torch_name] = list(shape)
+  assert ours == expected
+  assert module.map_dim == expected["norm.weight"][0]
