@@ -1,27 +1,64 @@
-"""Converts timm's Swin Transformer weights for `model.pretrained`.
+"""Converts weights of PyTorch programs, and back. See docs/weights.md.
 
+A backbone, for model.pretrained:
 python convert_torch_weights.py --input=model.safetensors --output=weights/swin_large
+python convert_torch_weights.py --hub=timm/swin_large_patch4_window7_224.ms_in22k \
+  --output=weights/swin_large
+A whole model of the PyTorch release, to a work directory:
+python convert_torch_weights.py --input=FOLDER --output=runs/released \
+  --config=configs/fashioniq_dress.py:crn_released
+A run, to files for the PyTorch release:
+python convert_torch_weights.py --export=runs/mine --output=exported
 """
 
-from absl import app, flags
+from absl import app, flags, logging
+from ml_collections import config_flags
 
-from crn_jax.convert import timm
+from crn_jax.convert import backbone, hub, whole
 
 _INPUT = flags.DEFINE_string(
-  "input", None, "timm state dict: .safetensors, or .pth/.bin (needs PyTorch to read it)."
+  "input", None, "File or folder of weights; of a whole model its folder, or LOCAL,GLOBAL."
 )
-_OUTPUT = flags.DEFINE_string("output", None, "File to write.")
-_FORCE = flags.DEFINE_bool("force", False, "Replace the output file if it exists.")
+_HUB = flags.DEFINE_string("hub", None, "Repository on the Hugging Face hub to download.")
+_EXPORT = flags.DEFINE_string("export", None, "Work directory of a run to write as safetensors.")
+_OUTPUT = flags.DEFINE_string("output", None, "Folder to write.")
+_FORCE = flags.DEFINE_bool("force", False, "Replace the output if it exists.")
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Configuration to use a whole model with; a backbone needs none."
+)
 
 
 def main(argv):
-  del argv
+  if len(argv) > 1:
+    raise app.UsageError(f"unknown arguments {argv[1:]}; options are written --name=value")
+  logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
+  given = [flag for flag in (_INPUT, _HUB, _EXPORT) if flag.value]
+  if len(given) != 1:
+    raise app.UsageError("give one of --input, --hub and --export")
   try:
-    print(timm.convert_file(_INPUT.value, _OUTPUT.value, replace=_FORCE.value))
-  except (ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+    print(_convert())
+  except (ValueError, OSError) as error:
     raise SystemExit(f"error: {error}") from error
 
 
+def _convert() -> str:
+  output, force = _OUTPUT.value, _FORCE.value
+  if _EXPORT.value:
+    return whole.export(_EXPORT.value, output, force=force)
+  if _HUB.value:
+    backbone.check_target(output, force)
+    return backbone.convert(hub.download(_HUB.value), output, force=force)
+  paths = whole.paths_of(_INPUT.value)
+  if paths is None:
+    return backbone.convert(_INPUT.value, output, force=force)
+  if _CONFIG.value is None:
+    raise ValueError(
+      f"{_INPUT.value}: a whole model needs the configuration that it will be used with, e.g. "
+      f"--config=configs/fashioniq_dress.py:crn_released"
+    )
+  return whole.convert(paths, output, _CONFIG.value, force=force)
+
+
 if __name__ == "__main__":
-  flags.mark_flags_as_required(["input", "output"])
+  flags.mark_flags_as_required(["output"])
   app.run(main)

@@ -73,7 +73,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   backbone.window_size = config_dict.placeholder(int)  # 7
   backbone.drop_path_rate = config_dict.placeholder(float)  # 0.1
   backbone.width = config_dict.placeholder(int)  # ResNet only: channels after the stem, 64.
-  # Backbone weights made by convert_torch_weights.py; '' starts from random values. Unless it is
+  # Folder made by convert_torch_weights.py; '' starts from random values. Unless it is
   # set, it follows the backbone's name.
   model.pretrained = "weights/" + backbone.get_ref("name")
   # Width that the last map is lifted to; None keeps the backbone's, without a layer.

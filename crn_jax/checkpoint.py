@@ -216,6 +216,11 @@ class Checkpoints:
         logging.warning("%s: damaged checkpoint; moved to %s", path, aside)
 
 
+def exists(folder: str | os.PathLike) -> bool:
+  """Whether a folder of checkpoints holds one, damaged or not."""
+  return any(path.name.isdigit() for path in pathlib.Path(folder).glob("*"))
+
+
 def size_in_bytes(state: TrainState) -> int:
   """Bytes of all arrays of a state: what a checkpoint of it takes, or a little more."""
   return sum(leaf.nbytes for leaf in jax.tree.leaves(state))

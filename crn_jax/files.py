@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 
 
@@ -24,3 +25,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     os.replace(temporary, path)
   finally:
     temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """As `replacing`, for a folder: gives a path at which the block creates it.
+
+  A folder that is there is kept until the new one is complete.
+
+  Raises:
+    OSError: the folder cannot be written.
+  """
+  path = pathlib.Path(path).absolute()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  before = path.with_name(f".{path.name}.{os.getpid()}.old")
+  try:
+    yield temporary
+    if path.exists():
+      os.rename(path, before)
+    os.rename(temporary, path)
+  finally:
+    for leftover in (temporary, before):
+      if leftover.is_dir():
+        shutil.rmtree(leftover)
+      else:
+        leftover.unlink(missing_ok=True)

@@ -33,6 +33,11 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -
   write_json(as_json(config), pathlib.Path(workdir) / "config.json")
 
 
+def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+  """The configuration of an existing run."""
+  return ml_collections.ConfigDict(_read_json(pathlib.Path(workdir) / "config.json"))
+
+
 def save_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
   """Writes data.json: what `check_data` and `known_digest` need."""
   facts = {"fingerprint": dataset.fingerprint, "image_digest": dataset.image_digest}

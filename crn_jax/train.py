@@ -40,24 +40,32 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   parallel.check_batch_size(config.batch_size, "batch_size")
   backbones.create(config.model.backbone)  # Before data are read, for its errors.
   run.check_config(config, workdir, run.free_fields(config))
+  resumes = checkpoint.exists(workdir / "checkpoints")
+  if not resumes:
+    weights.check_pretrained(config)
   dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
   run.check_data(dataset, workdir)
-  vocabulary = Vocabulary.build(
-    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
-  )
+  if resumes:  # A converted model has other words than the data.
+    vocabulary = Vocabulary.load(workdir / "vocab.json")
+  else:
+    vocabulary = Vocabulary.build(
+      dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+    )
   plan = Plan.create(config, len(dataset.train.triplets))
   model = crn.build(config.model, len(vocabulary), AXIS)
   tx = optimizer.create(config, plan.steps_per_epoch, plan.total_steps)
   encoder = Encoder.create(model, config, parallel)
   averaged = config.optimizer.ema_decay > 0
-  state = TrainState.create(weights.initial_variables(model, config), tx, averaged=averaged)
+  variables = weights.initial_variables(model, config, pretrained=not resumes)
+  state = TrainState.create(variables, tx, averaged=averaged)
   print(
     f"{dataset.name}: {len(dataset.train.triplets)} triplets of {len(dataset.train.image_paths)} "
     f"images, {len(vocabulary)} words\n"
     f"{config.preset}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
     f"{config.num_epochs} epochs of {plan.steps_per_epoch} steps; "
     f"{parallel.mode} on {len(parallel.devices)} x {parallel.devices[0].device_kind}\n"
-    f"work directory {workdir}"
+    f"work directory {workdir}\n"
+    f"initial values: {_origin(config, workdir, resumes)}"
   )
   if dataset.skipped:
     print(holes.describe_skipped(dataset.skipped))
@@ -97,6 +105,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   with logs.Log(workdir, plan.total_steps) as log:
     log.pictures(plan.total_steps, sorted((workdir / "pictures").glob("*.png")))
   return shown
+
+
+def _origin(config: ml_collections.ConfigDict, workdir: pathlib.Path, resumes: bool) -> str:
+  """Where the parameters come from; the order is that of docs/weights.md."""
+  if resumes:
+    return f"the last checkpoint in {workdir / 'checkpoints'}"
+  if config.model.pretrained:
+    return f"both backbones from {config.model.pretrained} (model.pretrained), the rest random"
+  return "random"
 
 
 @dataclasses.dataclass(frozen=True)

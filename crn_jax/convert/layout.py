@@ -22,13 +22,14 @@ def to_flax(tensor: np.ndarray, leaf: str, shape: tuple[int, ...]) -> np.ndarray
   Raises:
     ValueError: if the sizes do not fit.
   """
-  if leaf in KERNELS:
+  given = tensor.shape
+  if leaf in KERNELS and tensor.ndim > 1:
     tensor = tensor.transpose(*range(2, tensor.ndim), 1, 0)
     fits = tensor.shape[-1] == shape[-1] and tensor.size == np.prod(shape)
   else:
     fits = tensor.shape == shape or tensor.size == np.prod(shape) == 1
   if not fits:
-    raise ValueError(f"has shape {tensor.shape} where {shape} is expected")
+    raise ValueError(f"has shape {given} where {shape} (ours) is expected")
   return tensor.reshape(shape)
 
 
@@ -64,7 +65,9 @@ def fill(
   """
   known = set(names.values())
   problems = [f"missing {name}" for name in names.values() if name not in state_dict]
-  problems += [f"unexpected {name}" for name in state_dict if name not in known]
+  problems += [
+    f"unexpected {name} {np.shape(state_dict[name])}" for name in state_dict if name not in known
+  ]
   filled = {}
   for path, name in names.items():
     if name in state_dict:
@@ -74,7 +77,7 @@ def fill(
       except ValueError as error:
         problems.append(f"{name} {error}")
   if problems:
-    shown = "\n  ".join(problems[:10])
+    shown = "\n  ".join(problems)
     raise ValueError(
       f"{source}: not the weights of this {model} ({len(problems)} differences):\n  {shown}"
     )

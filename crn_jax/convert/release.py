@@ -4,6 +4,7 @@ The release has no licence and its code is not used; names and shapes are facts 
 numbers were recorded with.
 """
 
+import math
 import re
 from collections.abc import Mapping
 
@@ -86,3 +87,31 @@ def to_release(kind: str, tree: Mapping, shapes: Mapping[str, tuple]) -> dict[st
     name = release_name(kind, path)
     out[name] = layout.to_torch(np.asarray(value), path[-1], tuple(shapes[name]))
   return out
+
+
+def export_branch(kind: str, tree: Mapping) -> dict[str, np.ndarray]:
+  """As `to_release`, with PyTorch's shapes derived from ours; contiguous, as files need it."""
+  exported = to_release(kind, tree, torch_shapes(kind, tree))
+  return {n: np.ascontiguousarray(a).reshape(a.shape) for n, a in exported.items()}
+
+
+def torch_shapes(kind: str, tree: Mapping) -> dict[str, tuple[int, ...]]:
+  """Release's name -> PyTorch's shape, of everything in a branch's tree of arrays or shapes."""
+  return {
+    release_name(kind, path): _torch_shape(kind, path, value.shape)
+    for path, value in traverse_util.flatten_dict(tree).items()
+  }
+
+
+def _torch_shape(kind: str, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+  if path[-1] not in layout.KERNELS:
+    return shape
+  *window, inputs, outputs = shape
+  name = release_name(kind, path)
+  if "patch_embed" in name:  # A plain matrix here: 3 colours of square patches.
+    side = math.isqrt(inputs // 3)
+    return outputs, 3, side, side
+  if name.endswith("conv.weight") or "img1x1conv" in name:
+    dims = 1 if kind == "global" and "inception" in name else 2
+    window = window or [1] * dims
+  return (outputs, inputs, *window)

@@ -1,21 +1,26 @@
-"""timm's Swin Transformer weights -> parameters of `crn_jax.models.swin`."""
+"""timm's names of Swin Transformer weights -> parameters of `crn_jax.models.swin`.
 
-import os
-import pathlib
+Microsoft's original files have the names of timm before 0.9.
+"""
+
 import re
 from collections.abc import Mapping
 
 import jax
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
-from crn_jax import weights
 from crn_jax.convert import layout
 from crn_jax.models import swin
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
+_TABLE = "relative_position_bias_table"
+
+LEFT_OUT = (
+  (r"head\..*", "classifier"),
+  (r"(.*\.)?relative_position_index", "constant, follows from the window"),
+  (r"(.*\.)?attn_mask", "constant, follows from the window and the grid"),
+)
 
 
 def timm_name(path: tuple[str, ...]) -> str:
@@ -41,21 +46,22 @@ def timm_name(path: tuple[str, ...]) -> str:
 
 
 def modern_names(state_dict: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """Renames the keys of timm before 0.9 to today's; leaves out buffers and the classifier.
+  """Renames the keys of timm before 0.9 to today's; today's stay.
 
   Old timm closes a stage with its patch merging (`layers.0.downsample`), today's opens the next
-  stage with it (`layers.1.downsample`).
+  stage with it (`layers.1.downsample`). The names may have a prefix.
   """
-  old = "layers.0.downsample.reduction.weight" in state_dict
-  renamed = {}
-  for name, tensor in state_dict.items():
-    if name.startswith("head.") or name.endswith(("relative_position_index", "attn_mask")):
-      continue
-    match = re.match(r"layers\.(\d+)\.downsample\.(.*)", name)
-    if old and match:
-      name = f"layers.{int(match[1]) + 1}.downsample.{match[2]}"
-    renamed[name] = tensor
-  return renamed
+  if not any(re.search(r"(^|\.)layers\.0\.downsample\.reduction\.weight$", n) for n in state_dict):
+    return dict(state_dict)
+
+  def modern(name):
+    return re.sub(
+      r"(^|\.)layers\.(\d+)\.downsample\.",
+      lambda m: f"{m[1]}layers.{int(m[2]) + 1}.downsample.",
+      name,
+    )
+
+  return {modern(name): tensor for name, tensor in state_dict.items()}
 
 
 def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str) -> dict:
@@ -63,7 +69,7 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
 
   Args:
     params: parameters of the backbone (or their shapes), the structure to fill.
-    state_dict: timm's names -> arrays, of any timm version.
+    state_dict: timm's names, of any version -> arrays.
     source: file that the weights come from, for messages.
 
   Returns:
@@ -72,12 +78,48 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
   Raises:
     ValueError: if weights are missing, left over, or of another shape; names them.
   """
-  state_dict = modern_names(state_dict)
+  state_dict = {
+    name: tensor
+    for name, tensor in modern_names(state_dict).items()
+    if not any(re.fullmatch(pattern, name) for pattern, _ in LEFT_OUT)
+  }
   flat = traverse_util.flatten_dict(params)
   names = {path: timm_name(path) for path in flat}
   return traverse_util.unflatten_dict(
     layout.fill(flat, names, state_dict, source, "Swin Transformer")
   )
+
+
+def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]:
+  """A backbone whose sizes are read off its weights.
+
+  Args:
+    state_dict: today's timm names -> arrays, classifier and constants left out.
+    source: file that the weights come from, for messages.
+
+  Returns:
+    Arguments of `swin.SwinTransformer`; its variables {'params'}, float32.
+
+  Raises:
+    ValueError: if weights are missing, left over, or of another shape; names them.
+  """
+  try:
+    arguments = swin_arguments(state_dict)
+    module = swin.SwinTransformer(**arguments)
+    # Small grids shrink the window; this many pixels keep every stage at the full window.
+    side = arguments["patch_size"] * arguments["window_size"] * 2 ** (len(arguments["depths"]) - 1)
+    image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+    like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], image)
+  except (KeyError, IndexError) as error:
+    raise ValueError(f"{source}: not all of a Swin Transformer: missing {error}") from error
+  flat = traverse_util.flatten_dict(like)
+  for path in flat:
+    # Stages whose grid was smaller than the window have a smaller table.
+    table = state_dict.get(timm_name(path))
+    if path[-1] == _TABLE and table is not None and _window(table):
+      flat[path] = jax.ShapeDtypeStruct((table.shape[0], flat[path].shape[1]), np.float32)
+  like = traverse_util.unflatten_dict(flat)
+  return arguments, {"params": load_swin(like, state_dict, source)}
 
 
 def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
@@ -93,14 +135,18 @@ def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
     KeyError: if these are not the weights of a Swin Transformer.
   """
   depths, heads, window = [], [], 0
-  while f"layers.{len(depths)}.blocks.0.norm1.weight" in state_dict:
+  while any(name.startswith(f"layers.{len(depths)}.blocks.") for name in state_dict):
     stage = f"layers.{len(depths)}.blocks"
-    table = state_dict[f"{stage}.0.attn.relative_position_bias_table"]
-    window = max(window, (round(table.shape[0] ** 0.5) + 1) // 2)
-    heads.append(table.shape[1])
-    blocks = {name.split(".")[3] for name in state_dict if name.startswith(stage + ".")}
-    depths.append(len(blocks))
+    blocks = {int(n.split(".")[3]) for n in state_dict if n.startswith(stage + ".")}
+    tables = [t for i in blocks if (t := state_dict.get(f"{stage}.{i}.attn.{_TABLE}")) is not None]
+    if not tables:
+      raise KeyError(f"{stage}.0.attn.{_TABLE}")
+    window = max(window, *map(_window, tables), 1)
+    heads.append(tables[0].shape[1])
+    depths.append(max(blocks) + 1)
   patches = state_dict["patch_embed.proj.weight"]
+  if not depths:
+    raise KeyError(f"layers.0.blocks.0.attn.{_TABLE}")
   return {
     "embed_dim": patches.shape[0],
     "depths": tuple(depths),
@@ -110,71 +156,7 @@ def swin_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
   }
 
 
-def convert_file(
-  source: str | os.PathLike, target: str | os.PathLike, *, replace: bool = False
-) -> str:
-  """Converts a file of timm weights to one for `model.pretrained`.
-
-  Args:
-    source: .safetensors, or a PyTorch file of a state dict.
-    target: file to write.
-    replace: whether an existing target may be replaced.
-
-  Returns:
-    What was converted, for people to read.
-
-  Raises:
-    FileNotFoundError, FileExistsError: no source, or a target that must not be replaced.
-    ValueError: if the source is not a readable file of Swin weights.
-    ImportError: if a PyTorch file is given and PyTorch is not installed.
-  """
-  if pathlib.Path(target).exists() and not replace:
-    raise FileExistsError(f"{target}: exists already; choose another --output or give --force")
-  state_dict = modern_names(read_state_dict(source))
-  try:
-    arguments = swin_arguments(state_dict)
-  except KeyError as error:
-    raise ValueError(
-      f"{source}: not the weights of a Swin Transformer of timm: no {error} in it; it holds "
-      f"{sorted(state_dict)[:3]}..."
-    ) from error
-  # Small grids shrink the window; this many pixels keep every stage at the full window.
-  side = arguments["patch_size"] * arguments["window_size"] * 2 ** (len(arguments["depths"]) - 1)
-  module = swin.SwinTransformer(**arguments)
-  image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-  like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], image)
-  params = load_swin(like, state_dict, str(source))
-  weights.save_backbone({"params": params}, target)
-  count = sum(x.size for x in jax.tree.leaves(params))
-  return f"{target}: {count:,} parameters; model.backbone = {arguments}"
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads a state dict as numpy arrays; never runs code from the file.
-
-  Raises:
-    FileNotFoundError, ValueError, ImportError: see `convert_file`.
-  """
-  path = pathlib.Path(path)
-  if not path.exists():
-    raise FileNotFoundError(f"{path}: not found")
-  if path.suffix == ".safetensors":
-    try:
-      return safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-      raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-  try:
-    import torch
-  except ImportError as error:
-    raise ImportError(
-      f"{path}: reading a PyTorch file needs PyTorch (pip install torch); timm's weights are also "
-      f"published as .safetensors, which needs nothing more"
-    ) from error
-  try:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-  except Exception as error:  # torch raises many kinds, for files that are damaged or not its own
-    raise ValueError(f"{path}: not a readable PyTorch state dict: {error}") from error
-  for key in ("state_dict", "model"):
-    if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-      loaded = loaded[key]
-  return {name: tensor.numpy() for name, tensor in loaded.items() if hasattr(tensor, "numpy")}
+def _window(table: np.ndarray) -> int:
+  """Side of the window that a table [(2 w - 1)^2, heads] belongs to; 0 if there is none."""
+  side = round(table.shape[0] ** 0.5)
+  return (side + 1) // 2 if side % 2 and side * side == table.shape[0] else 0

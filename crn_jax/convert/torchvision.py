@@ -3,12 +3,19 @@
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout
+from crn_jax.models import resnet
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
+
+LEFT_OUT = (
+  (r"fc\..*", "classifier"),
+  (r".*\.num_batches_tracked", "counter of batches; the momentum of the statistics is constant"),
+)
 
 
 def torchvision_name(path: tuple[str, ...]) -> str:
@@ -49,6 +56,31 @@ def load_resnet(variables: Mapping, state_dict: Mapping[str, np.ndarray], source
   flat = traverse_util.flatten_dict(variables)
   names = {path: torchvision_name(path[1:]) for path in flat}
   return traverse_util.unflatten_dict(layout.fill(flat, names, state_dict, source, "ResNet"))
+
+
+def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]:
+  """A backbone whose sizes are read off its weights.
+
+  Args:
+    state_dict: torchvision's names -> arrays.
+    source: file that the weights come from, for messages.
+
+  Returns:
+    Arguments of `resnet.ResNet`; its variables {'params', 'batch_stats'}, float32.
+
+  Raises:
+    ValueError: if weights are missing, left over, or of another shape; names them.
+  """
+  found = [m for m in (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state_dict) if m]
+  stages = {int(m[1]) for m in found}
+  if "conv1.weight" not in state_dict or stages != set(range(1, len(stages) + 1)):
+    raise ValueError(f"{source}: not all of a ResNet: missing conv1.weight or one of its layers")
+  depths = tuple(max(int(m[2]) for m in found if int(m[1]) == i) + 1 for i in sorted(stages))
+  arguments = {"width": state_dict["conv1.weight"].shape[0], "depths": depths}
+  module = resnet.ResNet(**arguments)
+  image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
+  like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
+  return arguments, load_resnet(like, state_dict, source)
 
 
 def to_torchvision(variables: Mapping) -> dict[str, np.ndarray]:

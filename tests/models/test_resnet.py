@@ -183,7 +183,7 @@ class TestConversion:
       (lambda s: s.update({"layer9.extra": torch.zeros(1)}), "unexpected layer9.extra"),
       (
         lambda s: s.update({"layer1.0.conv2.weight": torch.zeros(64, 64, 1, 1)}),
-        r"layer1.0.conv2.weight has shape .* where \(3, 3, 64, 64\) is expected",
+        r"layer1.0.conv2.weight has shape .* where \(3, 3, 64, 64\) \(ours\) is expected",
       ),
     ],
   )

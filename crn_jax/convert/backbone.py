@@ -1,0 +1,62 @@
+"""Any file of backbone weights -> a folder for `model.pretrained`."""
+
+import os
+import pathlib
+
+import jax
+
+from crn_jax import weights
+from crn_jax.convert import recognise
+from crn_jax.convert import source as sources
+
+
+def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool = False) -> str:
+  """Converts a backbone.
+
+  Args:
+    source: file or folder, see `sources.read`.
+    target: folder to write.
+    force: whether an existing target may be replaced.
+
+  Returns:
+    What was recognised, left out and written, for people to read.
+
+  Raises:
+    FileNotFoundError, FileExistsError: no source, or a target that must not be replaced.
+    ValueError: if the source is not readable or not the weights of a backbone.
+  """
+  check_target(target, force)
+  read = sources.read(source)
+  kind = recognise.recognise(read.tensors, str(read.path))
+  tensors, left_out = recognise.split(read.tensors, kind.left_out)
+  arguments, variables = kind.load(kind.rename(tensors), str(read.path))
+  metadata = {
+    "kind": kind.name,
+    "architecture": {"module": kind.module, **arguments},
+    "preprocessing": sources.preprocessing(read.path),
+    "source": {"file": read.path.name, "sha256": read.sha256},
+  }
+  weights.save_backbone(variables, metadata, target, force=force)
+  count = sum(x.size for x in jax.tree.leaves(variables["params"]))
+  return "\n".join(
+    [
+      f"recognised {read.path}: {kind.name}",
+      *describe_left_out(read.left_out | left_out),
+      f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
+      f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
+    ]
+  )
+
+
+def check_target(target: str | os.PathLike, force: bool) -> None:
+  """Raises FileExistsError if a target exists and may not be replaced."""
+  if pathlib.Path(target).exists() and not force:
+    raise FileExistsError(f"{target}: exists already; choose another --output or give --force")
+
+
+def describe_left_out(left_out: dict[str, str]) -> list[str]:
+  """Lines that name everything that was left out, by reason."""
+  return [
+    f"left out ({reason}): {', '.join(name for name, why in left_out.items() if why == reason)}"
+    for reason in dict.fromkeys(left_out.values())
+  ]

@@ -1,0 +1,274 @@
+"""Whole models: the release's two files -> a work directory, and back."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import flax.core
+import jax
+import ml_collections
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from crn_jax import checkpoint, files, optimizer, run
+from crn_jax.convert import backbone, layout, pickles, recognise, release, timm
+from crn_jax.convert import source as sources
+from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.models import crn
+from crn_jax.train_step import TrainState
+
+_BACKBONE = "img_model.img_model."
+_COUNTER = "num_batches_tracked"
+_VOCABULARY = "vocab.json"
+LEFT_OUT = (
+  (rf"(.*\.)?{_COUNTER}", "counter of batches; the momentum of the statistics is constant"),
+  *((r"img_model\.img_model\." + pattern, why) for pattern, why in timm.LEFT_OUT),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Half:
+  source: sources.Source
+  tensors: dict[str, np.ndarray]
+  left_out: dict[str, str]
+
+
+def paths_of(given: str) -> list[pathlib.Path] | None:
+  """The two files of a whole model, or None if that is not what is given.
+
+  Args:
+    given: 'local,global', or a folder with local_model and global_model, .pt or .safetensors.
+
+  Raises:
+    FileNotFoundError: if one of the two is missing.
+  """
+  paths = [pathlib.Path(part) for part in given.split(",")]
+  if len(paths) == 1:
+    for suffix in (".pt", ".safetensors"):
+      both = [paths[0] / f"{kind}_model{suffix}" for kind in crn.BRANCHES]
+      if any(path.exists() for path in both):
+        paths = both
+        break
+    else:
+      return None
+  for path in paths:
+    if not path.exists():
+      raise FileNotFoundError(f"{path}: not found; a whole model is two files, local and global")
+  if len(paths) != 2:
+    raise ValueError(f"--input={given}: a whole model is two files, local and global")
+  return paths
+
+
+def convert(
+  paths: list[pathlib.Path],
+  target: str | os.PathLike,
+  config: ml_collections.ConfigDict,
+  *,
+  force: bool = False,
+) -> str:
+  """Makes a work directory of a whole model, as if a run had just begun from it.
+
+  Args:
+    paths: file of the local and of the global model.
+    target: work directory to write.
+    config: configuration to evaluate or to go on training with; sizes are read off the weights.
+    force: whether an existing target may be replaced.
+
+  Returns:
+    What was recognised, left out and written, for people to read.
+
+  Raises:
+    FileExistsError: a target that must not be replaced.
+    ValueError: if the files are not readable, not such models, or do not belong together.
+  """
+  backbone.check_target(target, force)
+  halves = _read(paths)
+  words = _vocabulary(halves)
+  sizes = {kind: _sizes(half) for kind, half in halves.items()}
+  if sizes["local"] != sizes["global"]:
+    raise ValueError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
+  config = config.copy_and_resolve_references()
+  before = run.flat(run.as_json(config.model))
+  with config.unlocked():
+    config.model.backbone.update(sizes["local"]["backbone"])
+    config.model.update({k: v for k, v in sizes["local"].items() if k not in ("backbone", "rows")})
+  after = run.flat(run.as_json(config.model))
+  changed = {f"model.{key}": value for key, value in after.items() if before.get(key) != value}
+  vocabulary = Vocabulary(words, config.data.markers, config.data.max_words)
+  if sizes["local"]["rows"] != len(words):
+    raise ValueError(
+      f"{paths[0]}: {sizes['local']['rows']} rows in the word table, {len(words)} words"
+    )
+  like = jax.eval_shape(lambda: fresh_state(config, len(words)))
+  filled = {kind: _fill(kind, like, half) for kind, half in halves.items()}
+  variables = {
+    c: {kind: filled[kind].get(c, {}) for kind in crn.BRANCHES} for c in ("params", "batch_stats")
+  }
+  state = _state(config, variables)
+  with files.replacing_folder(target) as partial:
+    partial.mkdir()
+    run.save_config(config, partial)
+    vocabulary.save(partial / _VOCABULARY)
+    with checkpoint.Checkpoints(partial / "checkpoints") as checkpoints:
+      checkpoints.save(state)
+      checkpoints.require(0)
+  options = "".join(
+    f" --config.{name}={str(value).replace(' ', '') if value != '' else repr('')}"
+    for name, value in changed.items()
+    if not isinstance(value, list)
+  ) + "".join(
+    f" --config.{name}='({', '.join(map(str, value))},)'"
+    for name, value in changed.items()
+    if isinstance(value, list)
+  )
+  count = sum(x.size for x in jax.tree.leaves(state.params))
+  lines = []
+  for kind, half in halves.items():
+    lines.append(f"recognised {half.source.path}: {kind} model of CRN's PyTorch release")
+    lines += backbone.describe_left_out(half.source.left_out | half.left_out)
+  return "\n".join(
+    [
+      *lines,
+      f"{len(words)} words, {count:,} parameters; sizes: {sizes['local']}",
+      f"written {target}. Evaluate it with",
+      f"  python main.py --config=CONFIG --mode=eval --checkpoint=last --workdir={target}{options}",
+      "go on training with the same command without --mode and --checkpoint; CONFIG is the "
+      "configuration given here.",
+    ]
+  )
+
+
+def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool = False) -> str:
+  """Writes a run's model with the release's names: two safetensors files and the words.
+
+  The best checkpoint, or the last if none was evaluated; what evaluation uses of it (the moving
+  average, if there is one).
+
+  Raises:
+    FileNotFoundError: if `workdir` holds no trained run.
+    FileExistsError: a target that must not be replaced.
+    ValueError: if the checkpoint is damaged.
+  """
+  backbone.check_target(target, force)
+  workdir = pathlib.Path(workdir)
+  for name in ("config.json", _VOCABULARY, "checkpoints"):
+    if not (workdir / name).exists():
+      raise FileNotFoundError(f"{workdir / name}: not found, so {workdir} holds no trained run")
+  config = run.load_config(workdir)
+  vocabulary = Vocabulary.load(workdir / _VOCABULARY)
+  like = jax.eval_shape(lambda: fresh_state(config, len(vocabulary)))
+  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    best = checkpoints.best_step()
+    step = best if best is not None else max(checkpoints.steps(), default=None)
+    if step is None:
+      raise FileNotFoundError(f"{workdir / 'checkpoints'}: holds no checkpoint")
+    state = checkpoints.restore(step, like)
+  variables = jax.tree.map(np.asarray, state.eval_variables())
+  with files.replacing_folder(target) as partial:
+    partial.mkdir()
+    for kind in crn.BRANCHES:
+      tensors = {}
+      for collection in variables.values():
+        tensors |= release.export_branch(kind, collection[kind])
+      counters = [n.replace("running_mean", _COUNTER) for n in tensors if "running_mean" in n]
+      tensors |= {name: np.asarray(step, np.int64) for name in counters}
+      safetensors.numpy.save_file(tensors, partial / f"{kind}_model.safetensors")
+    word2id = {word: i for i, word in enumerate(vocabulary.words)}
+    (partial / _VOCABULARY).write_text(json.dumps(word2id, indent=1), encoding="utf-8")
+  chosen = "best" if best is not None else "last"
+  return f"written {target}: {chosen} checkpoint (step {step}), names of the PyTorch release"
+
+
+def fresh_state(config: ml_collections.ConfigDict, vocab_size: int) -> TrainState:
+  """The state that a run of a configuration begins with, random values."""
+  model = crn.build(config.model, vocab_size)
+  variables = model.init(jax.random.key(0), config.data.image_size, config.data.max_words)
+  return _state(config, variables)
+
+
+def _state(config, variables) -> TrainState:
+  averaged = config.optimizer.ema_decay > 0
+  return TrainState.create(variables, optimizer.create(config, 1, 1), averaged=averaged)
+
+
+def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
+  halves = {}
+  for path in paths:
+    source = sources.read(path)
+    kinds = [k for k in crn.BRANCHES if any(n.startswith(f"{k}_fuse.") for n in source.tensors)]
+    kind = kinds[0] if kinds else None
+    if kind is None:
+      raise ValueError(
+        f"{path}: no model of CRN's PyTorch release: neither local_fuse nor global_fuse in its "
+        f"{len(source.tensors)} tensors ({', '.join(sorted(source.tensors)[:3])} ...)"
+      )
+    if kind in halves:
+      raise ValueError(f"{paths[0]}, {paths[1]}: both are {kind} models")
+    if not any(n.startswith(f"{_BACKBONE}layers.0.blocks.") for n in source.tensors):
+      raise ValueError(
+        f"{path}: a {kind} model without a Swin Transformer (CLVC-Net's ResNet-50?): for its "
+        f"backbone there is nothing here to convert it to"
+      )
+    tensors, left_out = recognise.split(source.tensors, LEFT_OUT)
+    halves[kind] = _Half(source, timm.modern_names(tensors), left_out)
+  return {kind: halves[kind] for kind in crn.BRANCHES}
+
+
+def _sizes(half: _Half) -> dict:
+  """Fields of `config.model` that follow from the weights, and the rows of the word table."""
+  tensors = half.tensors
+  swin = {n.removeprefix(_BACKBONE): t for n, t in tensors.items() if n.startswith(_BACKBONE)}
+  try:
+    return {
+      "backbone": timm.swin_arguments(swin),
+      "map_dim": tensors["img_model.img1x1conv3.weight"].shape[0],
+      "feature_dim": tensors["img_model.img_fc.weight"].shape[0],
+      "word_dim": tensors["text_model.embedding_layer.weight"].shape[1],
+      "rows": tensors["text_model.embedding_layer.weight"].shape[0],
+    }
+  except (KeyError, IndexError) as error:
+    raise ValueError(f"{half.source.path}: missing or misshapen tensor: {error}") from error
+
+
+def _fill(kind: str, like: TrainState, half: _Half) -> dict:
+  tree = {"params": like.params[kind], "batch_stats": like.batch_stats[kind]}
+  flat = traverse_util.flatten_dict(flax.core.unfreeze(tree))
+  names = {path: release.release_name(kind, path[1:]) for path in flat}
+  source = str(half.source.path)
+  return traverse_util.unflatten_dict(
+    layout.fill(flat, names, half.tensors, source, f"{kind} model")
+  )
+
+
+def _vocabulary(halves: dict[str, _Half]) -> tuple[str, ...]:
+  """Words in the order of their ids; both models of a run carry the same ones."""
+  found = {kind: _word_ids(half) for kind, half in halves.items()}
+  if found["local"] != found["global"]:
+    raise ValueError(
+      f"{halves['local'].source.path}, {halves['global'].source.path}: of different vocabularies, "
+      f"so not of one run"
+    )
+  word2id, path = found["local"], halves["local"].source.path
+  ids = list(word2id.values())
+  if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
+    raise ValueError(f"{path}: the ids of its {len(ids)} words are not 0, 1, 2, ...")
+  return tuple(sorted(word2id, key=word2id.get))
+
+
+def _word_ids(half: _Half) -> dict:
+  path = half.source.path
+  if half.source.module is None:
+    beside = path.parent / _VOCABULARY
+    if not beside.exists():
+      raise FileNotFoundError(f"{beside}: not found; a state dict needs its words (word -> id)")
+    word2id = json.loads(beside.read_text(encoding="utf-8"))
+  else:
+    modules = half.source.module.attributes.get("_modules", {})
+    text = modules.get("text_model")
+    vocabulary = text.attributes.get("vocab") if isinstance(text, pickles.Stub) else None
+    word2id = vocabulary.attributes.get("word2id") if isinstance(vocabulary, pickles.Stub) else None
+  if not isinstance(word2id, dict):
+    raise ValueError(f"{path}: no vocabulary (text_model.vocab.word2id) in it")
+  return word2id

@@ -1,0 +1,227 @@
+"""Whole models of the PyTorch release: in, evaluated, trained further, and out again."""
+
+import json
+import sys
+import types
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from configs import default
+from crn_jax import checkpoint, train
+from crn_jax.convert import recognise, release, timm, whole
+from crn_jax.input_pipeline.vocabulary import RESERVED, Vocabulary
+from crn_jax.models import crn
+from tests import tiny
+from tests.release import load_json
+from tests.torch_models import torch
+
+WORDS = (*RESERVED, "is", "red", "bos", "blue", "with", "sleeves", "longer")
+CLASSES = {
+  "": ("model", "compose_KIND"), "img_model": ("model", "img_backbone"),
+  "KIND_fuse": ("model", "KIND_conv"), "correct_module": ("model", "FusDiff"),
+  "text_model": ("text_model", "TextLSTMModel"), "local_pool": ("blocks", "GeM"),
+  "img_model.img_model": ("timm.models.swin_transformer", "SwinTransformer"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+  return tiny.draw(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def config(root):
+  config = tiny.config(root, "crn_released")
+  config.num_epochs = 1
+  config.model.backbone.window_size = 4  # As large as the first map, so what is read off.
+  return config
+
+
+@pytest.fixture(scope="module")
+def variables(config):
+  model = crn.build(config.model, len(WORDS))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 32, 20))
+  rng = np.random.default_rng(0)
+
+  def value(path, leaf):
+    noise = 0.1 * rng.normal(size=leaf.shape).astype(np.float32)
+    return np.abs(noise) + 1 if path[-1].key in ("var", "scale", "p") else noise
+
+  return jax.tree_util.tree_map_with_path(value, shapes)
+
+
+@pytest.fixture(scope="module")
+def modules(variables):
+  """PyTorch modules with the release's class names; they go away with the test."""
+  made = [name for name in ("model", "text_model", "blocks") if name not in sys.modules]
+  for name in made:
+    sys.modules[name] = types.ModuleType(name)
+  result = {}
+  for kind in crn.BRANCHES:
+    tensors = {}
+    for collection in variables.values():
+      tensors |= release.export_branch(kind, collection[kind])
+    tensors |= {n.replace("running_mean", "num_batches_tracked"): np.int64(7)
+                for n in tensors if "running_mean" in n}  # fmt: skip
+    module = build(kind, "", tensors)
+    # As timm before 0.9: merging closes a stage; constants are buffers.
+    layers = module.img_model.img_model.layers._modules
+    layers["0"]._modules["downsample"] = layers["1"]._modules.pop("downsample")
+    attention = layers["0"]._modules["blocks"]._modules["0"]._modules["attn"]
+    attention.register_buffer("relative_position_index", torch.zeros(4, 4, dtype=torch.int64))
+    module.text_model.vocab = instance("text_model", "SimpleVocab")
+    module.text_model.vocab.word2id = {word: i for i, word in enumerate(WORDS)}
+    module.text_model.vocab.wordcount = dict.fromkeys(WORDS, 1)
+    result[kind] = module
+  yield result
+  for name in made:
+    del sys.modules[name]
+
+
+def instance(module_name, name, base=object):
+  module = sys.modules[module_name]
+  if not hasattr(module, name):
+    setattr(module, name, type(name, (base,), {"__module__": module_name}))
+  cls = getattr(module, name)
+  made = cls.__new__(cls)  # timm's own would build a whole Swin Transformer.
+  base.__init__(made)
+  return made
+
+
+def build(kind, prefix, tensors):
+  where = prefix.rstrip(".").replace(kind + "_", "KIND_")
+  module_name, name = CLASSES.get(where, ("torch.nn.modules.container", "Sequential"))
+  module = instance(module_name, name.replace("KIND", kind), torch.nn.Module)
+  children = {}
+  for full, value in tensors.items():
+    first, _, rest = full.partition(".")
+    if rest:
+      children.setdefault(first, {})[rest] = value
+    elif first.startswith(("running", "num_batches")):
+      module.register_buffer(first, torch.from_numpy(np.array(value)))
+    else:
+      module.register_parameter(first, torch.nn.Parameter(torch.from_numpy(np.array(value))))
+  for first, inside in children.items():
+    module.add_module(first, build(kind, f"{prefix}{first}.", inside))
+  return module
+
+
+@pytest.fixture(scope="module")
+def files(modules, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("release")
+  for kind, module in modules.items():
+    torch.save(module, folder / f"{kind}_model.pt")
+  return folder
+
+
+@pytest.fixture(scope="module")
+def converted(files, config, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("converted") / "run"
+  other = default.get_config("crn_released")  # Sizes are those of the weights.
+  other.update(config)
+  other.model.update(map_dim=2048, feature_dim=1024, word_dim=768)
+  said = whole.convert(whole.paths_of(str(files)), workdir, other)
+  return workdir, said
+
+
+def test_values_words_and_sizes_are_those_of_the_files(converted, variables, config):
+  workdir, said = converted
+  assert Vocabulary.load(workdir / "vocab.json").words == WORDS
+  like = jax.eval_shape(lambda: whole.fresh_state(config, len(WORDS)))
+  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [0]
+    state = checkpoints.restore(0, like)
+  jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
+  jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
+  assert "--config.model.map_dim=32" in said and "layers.0.blocks.0.attn.relative_posi" in said
+  saved = json.loads((workdir / "config.json").read_text())["model"]
+  assert (saved["map_dim"], saved["feature_dim"], saved["word_dim"]) == (32, 32, 16)
+
+
+def test_export_is_exact_and_loads_into_the_release(converted, modules, files, tmp_path):
+  whole.export(converted[0], tmp_path / "out")
+  words = json.loads((tmp_path / "out" / "vocab.json").read_text())
+  assert words == {word: i for i, word in enumerate(WORDS)}
+  for kind, module in modules.items():
+    found = safetensors.numpy.load_file(tmp_path / "out" / f"{kind}_model.safetensors")
+    expected = module.state_dict()
+    for name in [n for n in expected if n.endswith("relative_position_index")]:
+      del expected[name]
+    renamed = {n.replace("layers.0.downsample", "layers.1.downsample"): v
+               for n, v in expected.items()}  # fmt: skip
+    assert found.keys() == renamed.keys()
+    for name, value in renamed.items():
+      assert found[name].shape == value.shape, name
+      if "num_batches" not in name:  # Counts the steps of this run.
+        np.testing.assert_array_equal(found[name], value.numpy(), err_msg=name)
+
+
+def test_what_was_exported_comes_back(converted, config, tmp_path):
+  whole.export(converted[0], tmp_path / "out")
+  whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
+  whole.export(tmp_path / "back", tmp_path / "again")
+  for name in ("local_model.safetensors", "global_model.safetensors", "vocab.json"):
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+
+
+def test_it_is_evaluated_and_trained_further(converted, config, quick_compile):
+  workdir, _ = converted
+  words = Vocabulary.load(workdir / "vocab.json").words
+  train.evaluate_run(config, workdir, "last")
+  assert json.loads((workdir / "eval.json").read_text())["checkpoint_step"] == 0
+  config = config.copy_and_resolve_references()
+  train.train(config, workdir)
+  assert json.loads((workdir / "eval.json").read_text())["checkpoint_step"] > 0
+  assert Vocabulary.load(workdir / "vocab.json").words == words
+
+
+def test_files_that_do_not_belong_together_are_refused(modules, files, config, tmp_path):
+  local = files / "local_model.pt"
+  with pytest.raises(ValueError, match="both are local models"):
+    whole.convert([local, local], tmp_path / "out", config)
+  module = modules["global"]
+  words = module.text_model.vocab.word2id
+  module.text_model.vocab.word2id = {**words, "new": len(words)}
+  torch.save(module, tmp_path / "global.pt")
+  module.text_model.vocab.word2id = words
+  with pytest.raises(ValueError, match="different vocabularies"):
+    whole.convert([local, tmp_path / "global.pt"], tmp_path / "out", config)
+  (tmp_path / "half").mkdir()
+  (tmp_path / "half" / "local_model.pt").write_bytes(local.read_bytes())
+  with pytest.raises(FileNotFoundError, match="global_model.pt: not found; a whole model is two"):
+    whole.paths_of(str(tmp_path / "half"))
+
+
+def test_missing_tensors_are_named(converted, config, tmp_path):
+  whole.export(converted[0], tmp_path / "out")
+  path = tmp_path / "out" / "global_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  del tensors["global_fc.bias"]
+  tensors["extra"] = np.zeros(1, np.float32)
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(ValueError) as error:
+    whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
+  assert "missing global_fc.bias" in str(error.value) and "unexpected extra" in str(error.value)
+  assert not (tmp_path / "back").exists()
+
+
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+def test_names_and_shapes_of_the_published_size(kind):
+  """Every name of the release's Swin-L model, and nothing else."""
+  facts = load_json(f"state_dict_{kind}.json")
+  config = default.get_config("crn_released")
+  model = crn.build(config.model, 35)
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 224, 3))
+  found = {}
+  for collection in shapes.values():
+    found |= release.torch_shapes(kind, collection[kind])
+  expected = {n: tuple(s) for n, s in facts["new_timm"].items() if "num_batches" not in n}
+  assert found == expected
+  old = {facts["renamed_in_old_timm"].get(n, n): s for n, s in facts["new_timm"].items()}
+  old |= facts["extra_buffers_in_old_timm"]
+  kept, left_out = recognise.split(dict.fromkeys(old), whole.LEFT_OUT)
+  assert timm.modern_names(kept).keys() == expected.keys()
+  assert set(left_out) == old.keys() - kept.keys() >= set(facts["extra_buffers_in_old_timm"])
