@@ -123,7 +123,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def load(path):
       return images.resize_short_side(images.decode(path), self.builder_config.resize)
 
-    with ThreadPool(os.cpu_count()) as pool:
+    with ThreadPool() as pool:
       for start in range(0, len(paths), _CHUNK):
         chunk = slice(start, start + _CHUNK)
         for i, image in enumerate(pool.map(load, paths[chunk])):
