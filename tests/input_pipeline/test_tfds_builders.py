@@ -26,6 +26,22 @@ class FashionIQImagesTest(tfds.testing.DatasetBuilderTestCase):
   SKIP_TF1_GRAPH_MODE = True
 
 
+class ShoesTest(tfds.testing.DatasetBuilderTestCase):
+  DATASET_CLASS = tfds_builders.CrnShoes
+  EXAMPLE_DIR = str(MINI / "shoes")
+  BUILDER_CONFIG_NAMES_TO_TEST = ["unique_triplets"]
+  SPLITS = {"train": 4, "shoes": 4}
+  SKIP_TF1_GRAPH_MODE = True
+
+
+class Fashion200kTest(tfds.testing.DatasetBuilderTestCase):
+  DATASET_CLASS = tfds_builders.CrnFashion200k
+  EXAMPLE_DIR = str(MINI / "fashion200k")
+  BUILDER_CONFIG_NAMES_TO_TEST = ["all_triplets"]
+  SPLITS = {"train": 15, "fashion200k": 6}
+  SKIP_TF1_GRAPH_MODE = True
+
+
 def test_triplets_name_images(tmp_path):
   manual = tfds.download.DownloadConfig(manual_dir=str(MINI / "fashioniq"))
   loaded = {
