@@ -55,6 +55,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   data.image_size = 224  # Side of the crop that the model sees, in pixels.
   data.resize = 256  # Short side before the crop, in pixels.
   data.augment = "random_crop_flip"  # Or 'none': the centre crop, as the release on Shoes.
+  # Folder for images that --mode=prepare resizes once; training then reads those. '' decodes files.
+  data.prepared = ""
   data.cache_images = False  # Keep decoded training images in memory: for small sets only.
   # Markers around captions: 'tokens' (BOS, AND, EOS with ids of their own) or 'words' (as the
   # release, whose tokeniser loses them: "bos c0 and c1 eos").

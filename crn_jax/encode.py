@@ -15,7 +15,7 @@ import tqdm
 
 from crn_jax import ranking
 from crn_jax.input_pipeline import images, loader
-from crn_jax.input_pipeline.dataset import EvalSplit
+from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 from crn_jax.models.crn import BRANCHES, CRN, Branch
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
@@ -113,15 +113,15 @@ class Encoder:
     batch = self.config.eval.batch_size
     tokens, mask = vocabulary.encode_all(split.queries.texts)
     constants = (variables, self.zero_maps(variables))
-    vectors = []
-    composed = np.zeros((len(split.queries), 2 * self.config.model.feature_dim), np.float32)
+    n_images, width = len(split.image_paths), 2 * self.config.model.feature_dim
+    vectors = ranking.empty_features(n_images, width)
+    composed = np.zeros((len(split.queries), width), np.float32)
     text_only = np.zeros_like(composed)
-    progress = tqdm.tqdm(
-      total=len(split.image_paths), desc=f"encode {split.name}", unit="image", leave=False
-    )
-    for i, placed in enumerate(self._pictures(split.image_paths)):
+    progress = tqdm.tqdm(total=n_images, desc=f"encode {split.name}", unit="image", leave=False)
+    for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
       maps, image_vectors = self.encode_images(variables, placed)
-      vectors.append(self.parallel.fetch(image_vectors))
+      rows = slice(i * batch, min((i + 1) * batch, n_images))
+      vectors[rows] = self.parallel.fetch(image_vectors)[: rows.stop - rows.start]
       due = np.flatnonzero(split.queries.reference // batch == i)
       for start in range(0, len(due), batch):
         queries = due[start : start + batch]
@@ -129,9 +129,9 @@ class Encoder:
         out = self._compose(constants, maps, rows, tokens[queries], mask[queries])
         out = self.parallel.fetch(out[:2])
         composed[queries], text_only[queries] = (x[: len(queries)] for x in out)
-      progress.update(min(batch, len(split.image_paths) - i * batch))
+      progress.update(min(batch, n_images - i * batch))
     progress.close()
-    return Encoded(np.concatenate(vectors)[: len(split.image_paths)], composed, text_only)
+    return Encoded(vectors, composed, text_only)
 
   def attention(
     self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Vocabulary
@@ -154,7 +154,7 @@ class Encoder:
     references = [split.image_paths[r] for r in split.queries.reference[queries]]
     constants = (variables, self.zero_maps(variables))
     found = []
-    for i, placed in enumerate(self._pictures(references)):
+    for i, placed in enumerate(self._pictures(references, split.store)):
       maps, _ = self.encode_images(variables, placed)
       due = slice(i * batch, (i + 1) * batch)
       rows = np.arange(len(queries[due]))
@@ -162,7 +162,7 @@ class Encoder:
       found.append({n: a[: len(rows)] for n, a in self.parallel.fetch(out[2]).items()})
     return {n: np.concatenate([f[n] for f in found]) for n in BRANCHES}
 
-  def _pictures(self, paths: Sequence[str]) -> Iterator:
+  def _pictures(self, paths: Sequence[str], store: ImageStore | None) -> Iterator:
     """Batches of the images, placed on the devices; the last one is filled up."""
     data = self.config.data
     batches = loader.eval_image_batches(
@@ -170,6 +170,7 @@ class Encoder:
       batch_size=self.config.eval.batch_size,
       image_size=data.image_size,
       resize=data.resize,
+      store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )

@@ -155,6 +155,12 @@ def gallery_positions(gallery: np.ndarray, rows: np.ndarray, n_images: int) -> n
   return position[rows]
 
 
+def gallery_vectors(encoded: Encoded, gallery: np.ndarray) -> np.ndarray:
+  """[g, d] vectors of a gallery's images; no copy where it is all images in their order."""
+  n = len(encoded.images)
+  return encoded.images if np.array_equal(gallery, np.arange(n)) else encoded.images[gallery]
+
+
 def excluded_positions(
   split: EvalSplit, protocol: str, config: ml_collections.ConfigDict
 ) -> np.ndarray:
@@ -178,7 +184,7 @@ def query_ranks(
   exclude = excluded_positions(split, protocol, config)
   return ranking.target_ranks(
     queries,
-    encoded.images[gallery],
+    gallery_vectors(encoded, gallery),
     target_labels(split),
     exclude,
     labels=image_labels(split)[gallery],

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from crn_jax.input_pipeline import holes, loader
+from crn_jax.input_pipeline import holes, loader, prepared
 from crn_jax.input_pipeline.datasets import Dataset, open_dataset
 from crn_jax.input_pipeline.vocabulary import Vocabulary, tokenize
 
 
 def prepare(config: ml_collections.ConfigDict) -> str:
-  """Reads all that training and evaluation read, and decodes every image.
+  """Reads all that training and evaluation read, decodes every image, and writes `data.prepared`.
 
   Args:
     config: the whole configuration.
@@ -21,13 +21,21 @@ def prepare(config: ml_collections.ConfigDict) -> str:
 
   Raises:
     ValueError, FileNotFoundError: training would stop; one message lists everything that is wrong.
+      Or the prepared images cannot be written, see `prepared.prepare`.
   """
-  dataset = open_dataset(config.data, train=True)
+  plain = config.data.copy_and_resolve_references()
+  plain.prepared = ""
+  dataset = open_dataset(plain, train=True)
   loader.steps_per_epoch(len(dataset.train.triplets), config.batch_size)
   vocabulary = Vocabulary.build(
     dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
   )
-  return report(dataset, vocabulary, config.seed)
+  text = report(dataset, vocabulary, config.seed)
+  if not config.data.prepared:
+    return text
+  splits = (dataset.train, *dataset.evals)
+  paths = dict.fromkeys(path for split in splits for path in split.image_paths)
+  return f"{text}\n{prepared.prepare(config.data, tuple(paths))}"
 
 
 def report(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> str:

@@ -21,10 +21,13 @@ Array = jax.Array | np.ndarray
 # What the release writes over the score of a query's own reference image.
 EXCLUDED_SCORE = -1e11
 
-# Queries scored at a time.
-BLOCK_SIZE = 512
+# Queries scored at a time, and scores of each that are counted at a time.
+BLOCK_SIZE = 256
+_COUNT_WIDTH = 1024
 
 _MIN_NORM = 1e-12
+# Bytes to which XLA wants the arrays of a CPU aligned.
+_ALIGNMENT = 64
 
 
 def combine(local: Array, global_: Array) -> Array:
@@ -56,6 +59,14 @@ def combine(local: Array, global_: Array) -> Array:
   return normalise(xp.concatenate([normalise(local), normalise(global_)], axis=-1))
 
 
+def empty_features(n: int, d: int) -> np.ndarray:
+  """[n, d] float32, not initialised, so aligned that a CPU device uses it without a copy."""
+  size = 4 * n * d
+  memory = np.empty(size + _ALIGNMENT, np.uint8)
+  start = -memory.ctypes.data % _ALIGNMENT
+  return memory[start : start + size].view(np.float32).reshape(n, d)
+
+
 def target_ranks(
   queries: Array,
   gallery: Array,
@@ -73,7 +84,7 @@ def target_ranks(
 
   Args:
     queries: [q, d] query features.
-    gallery: [g, d] gallery features; moved to the device once.
+    gallery: [g, d] gallery features; moved to the device once (see `empty_features`).
     target: [q] int, gallery position of the target, -1 if it is not in the gallery. With `labels`,
       the label of the targets instead, -1 or a label that no item has if there is none.
     exclude: [q] int, gallery position to leave out (the reference image), -1 for none.
@@ -205,9 +216,19 @@ def _rank_block(queries, gallery, targets, exclude):
   best = jnp.max(target_scores, axis=1, keepdims=True)
   is_best = (target_scores == best) & (targets >= 0)
   first = jnp.min(jnp.where(is_best, targets, n_gallery), axis=1, keepdims=True)
-  column = jnp.arange(n_gallery, dtype=jnp.int32)[None, :]
-  ahead = (scores > best) | ((scores == best) & (column < first))
-  rank = jnp.sum(ahead & (column != exclude), axis=1, dtype=jnp.int32)
+
+  def count(i, rank):
+    # The last piece starts early to be as wide as the others: what it repeats is masked.
+    start = jnp.minimum(i * width, n_gallery - width)
+    piece = jax.lax.dynamic_slice_in_dim(scores, start, width, axis=1)
+    column = start + jnp.arange(width, dtype=jnp.int32)[None, :]
+    ahead = (piece > best) | ((piece == best) & (column < first))
+    counted = ahead & (column != exclude) & (column >= i * width)
+    return rank + jnp.sum(counted, axis=1, dtype=jnp.int32)
+
+  # By pieces, as XLA would store what a sum runs over in a second array of the size of `scores`.
+  width = min(_COUNT_WIDTH, n_gallery)
+  rank = jax.lax.fori_loop(0, -(-n_gallery // width), count, jnp.zeros(len(queries), jnp.int32))
   return jnp.where(first[:, 0] == n_gallery, n_gallery, rank)
 
 
@@ -261,24 +282,24 @@ def _checked_features(queries: Array, gallery: Array) -> tuple[np.ndarray, jax.A
   if len(gallery) == 0:
     raise ValueError("the gallery is empty")
   queries = np.asarray(queries, dtype=np.float32)
-  gallery = jnp.asarray(gallery, dtype=jnp.float32)
-  for name, finite in (
-    ("queries", _finite_rows(queries)),
-    ("gallery", _finite_rows(np.asarray(gallery))),
-  ):
+  gallery = np.asarray(gallery, dtype=np.float32)
+  for name, features in (("queries", queries), ("gallery", gallery)):
+    finite = _finite_rows(features)
     bad = np.flatnonzero(~finite)
     if bad.size:
       raise ValueError(
         f"{name}: {bad.size} of {len(finite)} rows are not finite in float32, first row {bad[0]}"
       )
-  return queries, gallery
+  return queries, jax.device_put(gallery)  # jnp.asarray would copy twice.
 
 
-def _finite_rows(features: Array) -> np.ndarray:
+def _finite_rows(features: np.ndarray) -> np.ndarray:
   # By blocks: a mask of the whole matrix would be a quarter of its size.
-  blocks = range(0, len(features), BLOCK_SIZE)
-  finite = [np.isfinite(np.asarray(features[i : i + BLOCK_SIZE])).all(axis=1) for i in blocks]
-  return np.concatenate(finite) if finite else np.zeros(0, bool)
+  finite = np.zeros(len(features), bool)
+  for start in range(0, len(features), BLOCK_SIZE):
+    rows = slice(start, start + BLOCK_SIZE)
+    finite[rows] = np.isfinite(features[rows]).all(axis=1)
+  return finite
 
 
 def _checked_positions(name: str, positions, n_queries: int, n_gallery: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -276,3 +277,62 @@ class TestRecallInterval:
 
   def test_is_a_point_where_every_resample_is_the_same(self):
     assert ranking.recall_interval([np.zeros(5, int)], 1) == (100, 100)
+
+
+class TestLabels:
+  def test_first_item_of_a_label_counts(self):
+    rng = np.random.default_rng(5)
+    queries, gallery = small_integers(rng, 40, 4), small_integers(rng, 61, 4)
+    labels, target = rng.integers(0, 12, 61), rng.integers(0, 14, 40)  # 12 and 13: no item.
+    exclude = rng.integers(-1, 61, 40)
+    expected = []
+    for q, t, e in zip(queries, target, exclude, strict=True):
+      positions = np.flatnonzero(labels == t)
+      ranks = stable_ranks(
+        np.repeat((gallery @ q)[None], len(positions), 0), positions, [e] * len(positions)
+      )
+      expected.append(min(ranks, default=61))
+    assert 61 in expected
+    ranks = ranking.target_ranks(queries, gallery, target, exclude, labels=labels, block_size=16)
+    np.testing.assert_array_equal(ranks, expected)
+
+  @pytest.mark.parametrize(
+    ("target", "labels", "message"),
+    [
+      ([0], [0, 1], r"labels: expected shape \(3,\)"),
+      ([0, 1], [0, 1, 2], r"target: expected shape \(1,\)"),
+      ([0.0], [0, 1, 2], "target: expected integers"),
+      ([0], [0, -1, 2], "labels: expected 0 or greater, got -1"),
+    ],
+  )
+  def test_bad_labels_are_refused(self, target, labels, message):
+    with pytest.raises(ValueError, match=message):
+      ranking.target_ranks(np.ones((1, 2)), np.ones((3, 2)), target, [-1], labels=labels)
+
+
+class TestMemory:
+  def test_a_block_needs_its_scores_and_little_more(self):
+    # More would grow with the gallery times the block: a mask, a sorted copy, indices.
+    b, g, d = 64, 40_000, 8
+    args = (np.zeros((b, d), np.float32), np.zeros((g, d), np.float32))
+    positions = np.zeros((b, 3), np.int32)
+    compiled = ranking._rank_block.lower(*args, positions, positions[:, 0]).compile()
+    memory = compiled.memory_analysis()
+    assert 4 * b * g <= memory.temp_size_in_bytes < 1.1 * 4 * b * g
+    assert memory.output_size_in_bytes == 4 * b
+
+  def test_features_of_the_encoder_are_used_where_they_lie(self):
+    features = ranking.empty_features(33, 7)
+    assert features.shape == (33, 7)
+    features[:] = 1
+    on_device = jax.device_put(features)
+    assert on_device.unsafe_buffer_pointer() == features.ctypes.data
+
+  def test_count_reaches_across_pieces(self):
+    rng = np.random.default_rng(6)
+    queries, gallery = small_integers(rng, 9, 4), small_integers(rng, 2 * 1024 + 5, 4)
+    target, exclude = rng.integers(0, len(gallery), 9), rng.integers(-1, len(gallery), 9)
+    np.testing.assert_array_equal(
+      ranking.target_ranks(queries, gallery, target, exclude),
+      stable_ranks(queries @ gallery.T, target, exclude),
+    )

@@ -38,6 +38,13 @@ class Triplets:
     return self
 
 
+class ImageStore(Protocol):
+  """Images with their short side resized, by the path of the file they were made of."""
+
+  def read(self, path: str) -> np.ndarray:
+    """[h, w, 3] uint8, the pixels of decoding and resizing that file."""
+
+
 class TripletSource(Protocol):
   """Training triplets of any epoch: fixed ones (`Triplets`) or ones drawn anew."""
 
@@ -59,11 +66,13 @@ class TrainSplit:
     image_paths: path of every image that a triplet may use, each once.
     triplets: the training triplets of every epoch.
     captions: bare captions in file order, from which the vocabulary is built.
+    store: the images once more, resized, from which they are read; None reads `image_paths`.
   """
 
   image_paths: tuple[str, ...]
   triplets: TripletSource
   captions: tuple[str, ...]
+  store: ImageStore | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +87,7 @@ class EvalSplit:
     galleries: protocol name -> [g] int32 rows of `image_paths`, in gallery order.
     groups: [n images] int32 or None. Any image of the target's group is a hit; with None only the
       target itself is.
+    store: as in `TrainSplit`.
   """
 
   name: str
@@ -86,3 +96,4 @@ class EvalSplit:
   queries: Triplets
   galleries: dict[str, np.ndarray]
   groups: np.ndarray | None = None
+  store: ImageStore | None = None

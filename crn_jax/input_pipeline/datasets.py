@@ -77,10 +77,19 @@ def open_dataset(
   else:
     name += f"/{config.category}"
     data = fashioniq.read(config.root, config.category, config.captions, **checks)
+  train_split, evals = data.train, data.evals
+  if config.prepared:
+    from crn_jax.input_pipeline import prepared  # Late: TensorFlow takes seconds to import.
+
+    splits = ((train_split,) if train else ()) + evals
+    paths = dict.fromkeys(path for split in splits for path in split.image_paths)
+    store = prepared.open_store(config, tuple(paths))
+    evals = tuple(dataclasses.replace(split, store=store) for split in evals)
+    train_split = dataclasses.replace(train_split, store=store) if train else None
   return Dataset(
     name,
-    data.train,
-    data.evals,
+    train_split,
+    evals,
     ceilings,
     skipped=data.skipped,
     image_digest=data.image_digest,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from crn_jax.input_pipeline import images
-from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, TrainSplit
+from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, ImageStore, TrainSplit
 from crn_jax.input_pipeline.vocabulary import Vocabulary
 
 AUGMENTATIONS = ("random_crop_flip", "none")
@@ -126,7 +126,7 @@ def train_batches(
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
-  read = _reader(split.image_paths, resize, cache_images)
+  read = _reader(split.image_paths, resize, cache_images, split.store)
 
   @functools.lru_cache(maxsize=1)
   def encoded(triplets):
@@ -195,6 +195,7 @@ def eval_image_batches(
   batch_size: int,
   image_size: int,
   resize: int,
+  store: ImageStore | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> Iterator[np.ndarray]:
@@ -207,6 +208,7 @@ def eval_image_batches(
     batch_size: of the global batch, over all processes.
     image_size: side S of the crop in pixels.
     resize: shorter side before cropping, in pixels; at least image_size.
+    store: where to read the images; None decodes the files.
     process_index: of this process.
     process_count: number of processes.
 
@@ -224,7 +226,7 @@ def eval_image_batches(
   rows = np.full(n_batches * batch_size, _PADDING, np.int32)
   rows[: len(paths)] = np.arange(len(paths))
   local_rows = rows.reshape(n_batches, batch_size)[:, local].ravel()
-  read = _reader(paths, resize, keep=False)
+  read = _reader(paths, resize, keep=False, store=store)
 
   def load(chunk_rows):
     loaded = np.zeros((len(chunk_rows), image_size, image_size, 3), np.uint8)
@@ -289,10 +291,14 @@ def _local_slice(batch_size: int, process_index: int, process_count: int) -> sli
   return slice(process_index * b, (process_index + 1) * b)
 
 
-def _reader(paths: Sequence[str], resize: int, keep: bool) -> Callable[[int], np.ndarray]:
+def _reader(
+  paths: Sequence[str], resize: int, keep: bool, store: ImageStore | None
+) -> Callable[[int], np.ndarray]:
   """row -> image [h, w, 3] uint8 with its shorter side resized."""
 
   def read(row):
+    if store is not None:
+      return store.read(paths[row])
     return images.resize_short_side(images.decode(paths[row]), resize)
 
   # Two threads may decode the same image at the same time; the cache then keeps either.
