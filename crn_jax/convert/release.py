@@ -1,7 +1,8 @@
 """Names of the PyTorch release's `local_model` and `global_model` for the variables of a `Branch`.
 
 The release has no licence and its code is not used; names and shapes are facts that the golden
-numbers were recorded with.
+numbers were recorded with. Those of CLVC-Net's ResNet-50 were not recorded: torchvision's names in
+the place of timm's are our reading.
 """
 
 import math
@@ -11,7 +12,10 @@ from collections.abc import Mapping
 import numpy as np
 from flax import traverse_util
 
-from crn_jax.convert import layout, timm
+from crn_jax.convert import layout, timm, torchvision
+
+# Where the backbone's own names begin.
+BACKBONE = "img_model.img_model."
 
 _LEAVES = {
   'kernel': 'weight', 'scale': 'weight', 'embedding': 'weight',
@@ -47,7 +51,8 @@ def release_name(kind: str, path: tuple[str, ...]) -> str:
     path: Flax path inside the branch, e.g. ('head', 'fc', 'kernel').
   """
   if path[0] == "backbone":
-    return "img_model.img_model." + timm.timm_name(path[1:])
+    own_name = torchvision.torchvision_name if _is_resnet(path) else timm.timm_name
+    return BACKBONE + own_name(path[1:])
   *modules, leaf = path
   name = ".".join((*modules, _LEAVES.get(leaf, leaf)))
   for pattern, replacement in _RULES:
@@ -111,7 +116,13 @@ def _torch_shape(kind: str, path: tuple[str, ...], shape: tuple[int, ...]) -> tu
   if "patch_embed" in name:  # A plain matrix here: 3 colours of square patches.
     side = math.isqrt(inputs // 3)
     return outputs, 3, side, side
-  if name.endswith("conv.weight") or "img1x1conv" in name:
+  if _is_resnet(path):
+    window = window or [1, 1]
+  elif name.endswith("conv.weight") or "img1x1conv" in name:
     dims = 1 if kind == "global" and "inception" in name else 2
     window = window or [1] * dims
   return (outputs, inputs, *window)
+
+
+def _is_resnet(path: tuple[str, ...]) -> bool:
+  return path[0] == "backbone" and any(part.startswith(("conv", "bn")) for part in path[1:])

@@ -71,16 +71,36 @@ def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]
   Raises:
     ValueError: if weights are missing, left over, or of another shape; names them.
   """
-  found = [m for m in (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state_dict) if m]
-  stages = {int(m[1]) for m in found}
-  if "conv1.weight" not in state_dict or stages != set(range(1, len(stages) + 1)):
-    raise ValueError(f"{source}: not all of a ResNet: missing conv1.weight or one of its layers")
-  depths = tuple(max(int(m[2]) for m in found if int(m[1]) == i) + 1 for i in sorted(stages))
-  arguments = {"width": state_dict["conv1.weight"].shape[0], "depths": depths}
+  try:
+    arguments = resnet_arguments(state_dict)
+  except KeyError as error:
+    raise ValueError(f"{source}: not all of a ResNet: missing {error}") from error
   module = resnet.ResNet(**arguments)
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
   like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)
   return arguments, load_resnet(like, state_dict, source)
+
+
+def resnet_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
+  """Reads the sizes of a ResNet off its weights.
+
+  Args:
+    state_dict: torchvision's names -> arrays.
+
+  Returns:
+    Arguments of `resnet.ResNet`.
+
+  Raises:
+    KeyError: if these are not the weights of a ResNet.
+  """
+  found = [m for m in (re.match(r"layer(\d+)\.(\d+)\.", name) for name in state_dict) if m]
+  stages = {int(m[1]) for m in found}
+  if "conv1.weight" not in state_dict:
+    raise KeyError("conv1.weight")
+  if absent := sorted(set(range(1, max(stages, default=1) + 1)) - stages):
+    raise KeyError(f"layer{absent[0]}")
+  depths = tuple(max(int(m[2]) for m in found if int(m[1]) == i) + 1 for i in sorted(stages))
+  return {"width": state_dict["conv1.weight"].shape[0], "depths": depths}
 
 
 def to_torchvision(variables: Mapping) -> dict[str, np.ndarray]:

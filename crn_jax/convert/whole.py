@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import flax.core
 import jax
@@ -13,18 +14,20 @@ import safetensors.numpy
 from flax import traverse_util
 
 from crn_jax import checkpoint, files, optimizer, run
-from crn_jax.convert import backbone, layout, pickles, recognise, release, timm
+from crn_jax.convert import backbone, layout, pickles, recognise, release, timm, torchvision
 from crn_jax.convert import source as sources
 from crn_jax.input_pipeline.vocabulary import Vocabulary
-from crn_jax.models import backbones, crn, swin
+from crn_jax.models import backbones, crn
 from crn_jax.train_step import TrainState
 
-_BACKBONE = "img_model.img_model."
 _COUNTER = "num_batches_tracked"
 _VOCABULARY = "vocab.json"
 LEFT_OUT = (
   (rf"(.*\.)?{_COUNTER}", "counter of batches; the momentum of the statistics is constant"),
-  *((r"img_model\.img_model\." + pattern, why) for pattern, why in timm.LEFT_OUT),
+  *(
+    (re.escape(release.BACKBONE) + pattern, why)
+    for pattern, why in (*timm.LEFT_OUT, *torchvision.LEFT_OUT)
+  ),
 )
 
 
@@ -93,10 +96,11 @@ def convert(
   before = run.flat(run.as_json(config.model))
   with config.unlocked():
     module = backbones.create(config.model.backbone)
-    if not isinstance(module, swin.SwinTransformer):
+    found = "ResNet" if "width" in sizes["local"]["backbone"] else "SwinTransformer"
+    if type(module).__name__ != found:
       raise ValueError(
-        f"{paths[0]}: its backbone is a Swin Transformer, that of the configuration is "
-        f"{config.model.backbone.name}; name another with --config.model.backbone.name"
+        f"{paths[0]}: its backbone is a {found}, that of the configuration is "
+        f"{config.model.backbone.name}; name another one after the configuration's colon"
       )
     sized = sizes["local"]["backbone"].items()
     config.model.backbone.update({k: v for k, v in sized if getattr(module, k) != v})
@@ -113,6 +117,11 @@ def convert(
   variables = {
     c: {kind: filled[kind].get(c, {}) for kind in crn.BRANCHES} for c in ("params", "batch_stats")
   }
+  if without := [kind for kind, half in halves.items() if not _has_relation(half)]:
+    model = crn.build(config.model, len(words))
+    fresh = model.init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)
+    for kind in without:
+      variables["params"][kind]["relation"] = fresh["params"][kind]["relation"]
   state = _state(config, variables)
   with files.replacing_folder(target) as partial:
     partial.mkdir()
@@ -173,12 +182,15 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
       raise FileNotFoundError(f"{workdir / 'checkpoints'}: holds no checkpoint")
     state = checkpoints.restore(step, like)
   variables = jax.tree.map(np.asarray, state.eval_variables())
+  has_relation = config.model.aggregation != "none"
   with files.replacing_folder(target) as partial:
     partial.mkdir()
     for kind in crn.BRANCHES:
       tensors = {}
       for collection in variables.values():
-        tensors |= release.export_branch(kind, collection[kind])
+        # CLVC-Net has neither HAT nor the relation, whose parameters are there but untrained.
+        tree = {k: v for k, v in collection[kind].items() if has_relation or k != "relation"}
+        tensors |= release.export_branch(kind, tree)
       counters = [n.replace("running_mean", _COUNTER) for n in tensors if "running_mean" in n]
       tensors |= {name: np.asarray(step, np.int64) for name in counters}
       safetensors.numpy.save_file(tensors, partial / f"{kind}_model.safetensors")
@@ -213,24 +225,41 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
       )
     if kind in halves:
       raise ValueError(f"{paths[0]}, {paths[1]}: both are {kind} models")
-    if not any(n.startswith(f"{_BACKBONE}layers.0.blocks.") for n in source.tensors):
-      raise ValueError(
-        f"{path}: a {kind} model without a Swin Transformer (CLVC-Net's ResNet-50?): the names of "
-        f"such models are not known here, so they cannot be converted"
-      )
-    tensors, left_out = recognise.split(source.tensors, LEFT_OUT)
+    tensors, left_out = recognise.split(_place_backbone(source.tensors), LEFT_OUT)
     halves[kind] = _Half(source, timm.modern_names(tensors), left_out)
   return {kind: halves[kind] for kind in crn.BRANCHES}
+
+
+def _place_backbone(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Renames a ResNet, wherever it is, to where the release has its Swin Transformer.
+
+  Where CLVC-Net's is was not known to us; its own names are those of every ResNet.
+  """
+  found = [m[1] for n in tensors if (m := re.match(r"(.*?)layer1\.0\.conv1\.weight$", n))]
+  if not found:
+    return tensors
+  own = re.compile(re.escape(found[0]) + r"((?:conv1|bn1|layer\d+|fc)\..*)")
+  return {
+    release.BACKBONE + m[1] if (m := own.fullmatch(name)) else name: tensor
+    for name, tensor in tensors.items()
+  }
+
+
+def _has_relation(half: _Half) -> bool:
+  return any(name.startswith("correct_module.") for name in half.tensors)
 
 
 def _sizes(half: _Half) -> dict:
   """Fields of `config.model` that follow from the weights, and the rows of the word table."""
   tensors = half.tensors
-  swin = {n.removeprefix(_BACKBONE): t for n, t in tensors.items() if n.startswith(_BACKBONE)}
+  start = release.BACKBONE
+  own = {n.removeprefix(start): t for n, t in tensors.items() if n.startswith(start)}
+  read = torchvision.resnet_arguments if "conv1.weight" in own else timm.swin_arguments
+  lift = tensors.get("img_model.img1x1conv3.weight")
   try:
     return {
-      "backbone": timm.swin_arguments(swin),
-      "map_dim": tensors["img_model.img1x1conv3.weight"].shape[0],
+      "backbone": read(own),
+      "map_dim": None if lift is None else lift.shape[0],
       "feature_dim": tensors["img_model.img_fc.weight"].shape[0],
       "word_dim": tensors["text_model.embedding_layer.weight"].shape[1],
       "rows": tensors["text_model.embedding_layer.weight"].shape[0],
@@ -242,6 +271,8 @@ def _sizes(half: _Half) -> dict:
 def _fill(kind: str, like: TrainState, half: _Half) -> dict:
   tree = {"params": like.params[kind], "batch_stats": like.batch_stats[kind]}
   flat = traverse_util.flatten_dict(flax.core.unfreeze(tree))
+  if not _has_relation(half):
+    flat = {path: value for path, value in flat.items() if path[1] != "relation"}
   names = {path: release.release_name(kind, path[1:]) for path in flat}
   source = str(half.source.path)
   return traverse_util.unflatten_dict(

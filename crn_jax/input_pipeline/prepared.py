@@ -36,8 +36,20 @@ class Store:
   folder: pathlib.Path
 
   def read(self, path: str) -> np.ndarray:
-    """[h, w, 3] uint8 pixels of an image of the data folder."""
-    return self.source[self.rows[os.path.relpath(path, self.root)]]["image"]
+    """[h, w, 3] uint8 pixels of an image of the data folder.
+
+    Raises:
+      ValueError: another image stands in its place.
+    """
+    name = os.path.relpath(path, self.root)
+    record = self.source[self.rows[name]]
+    found = record["image_id"].decode()
+    if found != name:
+      raise ValueError(
+        f"data.prepared: {self.folder} has {found} where {name} is expected; delete that folder "
+        f"and run --mode=prepare again"
+      )
+    return record["image"]
 
   def check(self, paths: Sequence[str]) -> None:
     """Raises ValueError unless all of these files are prepared, and have not changed since."""

@@ -207,6 +207,43 @@ def test_missing_tensors_are_named(converted, config, tmp_path):
   assert not (tmp_path / "back").exists()
 
 
+@pytest.mark.parametrize("prefix", ["img_model.img_model.", "img_model."])
+def test_clvc_net_comes_in_and_goes_out(tmp_path, prefix):
+  """ResNet's names are found wherever they are; the relation, which it has not, stays ours."""
+  config = default.get_config("clvc_net")
+  config.model.backbone.update(width=8, depths=(1, 1))
+  config.model.update(feature_dim=32, word_dim=16, pretrained="")
+  config.data.update(image_size=32, max_words=8)
+  model = crn.build(config.model, len(WORDS))
+  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 32, 8))
+  rng = np.random.default_rng(0)
+  values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  words = {word: i for i, word in enumerate(WORDS)}
+  (tmp_path / "in").mkdir()
+  (tmp_path / "in" / "vocab.json").write_text(json.dumps(words))
+  given = {}
+  for kind in crn.BRANCHES:
+    tensors = {}
+    for collection in values.values():
+      tree = {k: v for k, v in collection[kind].items() if k != "relation"}
+      tensors |= release.export_branch(kind, tree)
+    given[kind] = tensors
+    renamed = {n.replace("img_model.img_model.", prefix): t for n, t in tensors.items()}
+    assert f"{prefix}layer2.0.downsample.1.running_var" in renamed
+    renamed[f"{prefix}fc.weight"] = np.zeros((2, 64), np.float32)
+    path = tmp_path / "in" / f"{kind}_model.safetensors"
+    safetensors.numpy.save_file(renamed, path)
+  said = whole.convert(whole.paths_of(str(tmp_path / "in")), tmp_path / "run", config)
+  assert "left out (classifier): img_model.img_model.fc.weight" in said
+  whole.export(tmp_path / "run", tmp_path / "out")
+  for kind, tensors in given.items():
+    found = safetensors.numpy.load_file(tmp_path / "out" / f"{kind}_model.safetensors")
+    counters = {n.replace("running_mean", "num_batches_tracked") for n in tensors if "_mean" in n}
+    assert found.keys() == tensors.keys() | counters
+    for name, value in tensors.items():
+      np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
 @pytest.mark.parametrize("kind", crn.BRANCHES)
 def test_names_and_shapes_of_the_published_size(kind):
   """Every name of the release's Swin-L model, and nothing else."""
