@@ -3,7 +3,8 @@
 import os
 import pathlib
 
-import jax
+import numpy as np
+from flax import traverse_util
 
 from crn_jax import weights
 from crn_jax.convert import recognise
@@ -26,6 +27,28 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     ValueError: if the source is not readable or not the weights of a backbone.
   """
   check_target(target, force)
+  path, metadata, left_out, variables = _load(source)
+  # In PyTorch's layout most are views of what was read. One at a time, so that memory holds one of
+  # them twice, where Orbax would copy all of them at once.
+  flat = traverse_util.flatten_dict(variables)
+  del variables
+  for name in flat:
+    flat[name] = np.ascontiguousarray(flat[name])
+  weights.save_backbone(traverse_util.unflatten_dict(flat), metadata, target, force=force)
+  count = sum(x.size for name, x in flat.items() if name[0] == "params")
+  sizes = {k: v for k, v in metadata["architecture"].items() if k != "module"}
+  return "\n".join(
+    [
+      f"recognised {path}: {metadata['kind']}",
+      *describe_left_out(left_out),
+      f"model.backbone: {', '.join(f'{k} {v}' for k, v in sizes.items())}",
+      f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
+    ]
+  )
+
+
+def _load(source: str | os.PathLike) -> tuple[pathlib.Path, dict, dict[str, str], dict]:
+  """The file, metadata for it, what is left out and why, and the backbone's variables."""
   read = sources.read(source)
   kind = recognise.recognise(read.tensors, str(read.path))
   tensors, left_out = recognise.split(read.tensors, kind.left_out)
@@ -36,16 +59,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     "preprocessing": sources.preprocessing(read.path),
     "source": {"file": read.path.name, "sha256": read.sha256},
   }
-  weights.save_backbone(variables, metadata, target, force=force)
-  count = sum(x.size for x in jax.tree.leaves(variables["params"]))
-  return "\n".join(
-    [
-      f"recognised {read.path}: {kind.name}",
-      *describe_left_out(read.left_out | left_out),
-      f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
-      f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
-    ]
-  )
+  return read.path, metadata, read.left_out | left_out, variables
 
 
 def check_target(target: str | os.PathLike, force: bool) -> None:

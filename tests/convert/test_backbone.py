@@ -176,7 +176,7 @@ def test_a_failure_to_write_leaves_nothing_behind(tmp_path, monkeypatch):
   def fail(*_, **__):
     raise OSError("disk full")
 
-  monkeypatch.setattr(weights.ocp.StandardCheckpointer, "wait_until_finished", fail)
+  monkeypatch.setattr(weights.ocp.Checkpointer, "save", fail)
   with pytest.raises(OSError, match="disk full"):
     backbone.convert(path, tmp_path / "out", force=True)
   weights.load_backbone(tmp_path / "out", VARIABLES)
