@@ -1,6 +1,7 @@
 """All tests run on eight virtual CPU devices; the flag must stand before JAX starts."""
 
 import os
+import sys
 
 import pytest
 
@@ -22,6 +23,19 @@ def pytest_collection_modifyitems(items):
   for item in items:
     name = item.path.stem
     item.add_marker(pytest.mark.xdist_group("large" if name in _LARGE else name))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def released_memory():
+  """Compiled programs of one file are of no use to the next, and are gigabytes."""
+  yield
+  if "jax" in sys.modules:
+    import jax
+
+    from tests import release
+
+    jax.clear_caches()
+    release.release_memory()
 
 
 @pytest.fixture(scope="module")
