@@ -11,18 +11,9 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
 
-# These hold weights at Swin-L's widths: one process for all of them, or memory runs short.
-_LARGE = ("test_forward_parity", "test_heads_grid", "test_losses_parity", "test_train_parity")
-
-
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
 def pytest_collection_modifyitems(items):
-  """A process runs whole files, whose fixtures are then computed once."""
-  # TensorFlow's context manager, which only looks like a test.
+  """Leaves out TensorFlow's context manager, which only looks like a test."""
   items[:] = [item for item in items if item.name != "test_session"]
-  for item in items:
-    name = item.path.stem
-    item.add_marker(pytest.mark.xdist_group("large" if name in _LARGE else name))
 
 
 @pytest.fixture(scope="module", autouse=True)
