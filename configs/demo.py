@@ -13,7 +13,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config = default.get_config(names)
   config.name = f"demo_{config.preset}"
   config.seed = 0
-  config.num_epochs = 6
+  config.num_epochs = 7
   config.batch_size = 64
 
   data = config.data
@@ -57,5 +57,5 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   optimizer.logit_scale_rate = 30.0
 
   config.eval.batch_size = 128
-  config.eval.every_epochs = 3
+  config.eval.every_epochs = 4
   return config
