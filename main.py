@@ -11,8 +11,10 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax import compare, prepare, train
-from crn_jax.interrupt import Interrupted
+from crn_jax import train
+from crn_jax.input_pipeline import prepare
+from crn_jax.reports import compare
+from crn_jax.workdir.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."

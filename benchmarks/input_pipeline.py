@@ -26,10 +26,9 @@ for _name in ("nms", "qnms"):
 from torchvision import transforms  # noqa: E402
 
 from configs import fashioniq_dress  # noqa: E402
-from crn_jax import prepare  # noqa: E402
-from crn_jax.input_pipeline import datasets, loader  # noqa: E402
+from crn_jax.input_pipeline import loader, prepare, registry  # noqa: E402
 from crn_jax.input_pipeline.dataset import TrainSplit  # noqa: E402
-from crn_jax.input_pipeline.vocabulary import Vocabulary  # noqa: E402
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary  # noqa: E402
 
 _IMAGES = flags.DEFINE_integer("images", 256, "Different images.")
 _EPOCHS = flags.DEFINE_integer("epochs", 3, "How often each run reads all of them.")
@@ -112,9 +111,9 @@ def open_both(root: pathlib.Path, paths: list[str], folder: pathlib.Path) -> tup
   config.data.root = str(root)
   config.data.prepared = str(folder)
   prepare.prepare(config)
-  both = [datasets.open_dataset(config.data, train=True).train]
+  both = [registry.open_dataset(config.data, train=True).train]
   config.data.prepared = ""
-  return datasets.open_dataset(config.data, train=True).train, *both
+  return registry.open_dataset(config.data, train=True).train, *both
 
 
 def our_batches(split: TrainSplit, augmentation: str = "random_crop_flip"):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from crn_jax import ranking
+from crn_jax.retrieval import ranking
 
 _SCALE = flags.DEFINE_float("scale", 1.0, "Part of the queries to rank; times are extrapolated.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each.")

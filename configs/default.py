@@ -10,7 +10,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_dict
 
-from crn_jax.models.backbones import BACKBONES
+from crn_jax.models.backbones.registry import BACKBONES
 
 # preset -> backbone that it has unless another is named.
 PRESETS = {"crn": "swin_large", "crn_released": "swin_large", "clvc_net": "resnet50"}

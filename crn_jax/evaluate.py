@@ -6,11 +6,11 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from crn_jax import ranking
-from crn_jax.encode import Encoded, Encoder
 from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.datasets import Dataset
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.retrieval import ranking
+from crn_jax.retrieval.encode import Encoded, Encoder
 
 # What a protocol ranks and what it counts as a hit.
 PROTOCOLS = {

@@ -7,16 +7,21 @@ import pathlib
 import jax
 import ml_collections
 
-from crn_jax import checkpoint, evaluate, logs, optimizer, report, run, tables, weights
-from crn_jax.encode import Encoder
-from crn_jax.input_pipeline import holes, loader
-from crn_jax.input_pipeline.datasets import open_dataset
-from crn_jax.input_pipeline.vocabulary import Vocabulary
-from crn_jax.interrupt import Interrupted, Interruption
-from crn_jax.models import backbones, crn
+from crn_jax import evaluate
+from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline.checks import missing
+from crn_jax.input_pipeline.registry import open_dataset
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.methods import optimizer
+from crn_jax.methods.crn import TrainState, make_train_step
+from crn_jax.models import crn
+from crn_jax.models.backbones import registry
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
-from crn_jax.progress import Progress
-from crn_jax.train_step import TrainState, make_train_step
+from crn_jax.reports import report, tables
+from crn_jax.retrieval.encode import Encoder
+from crn_jax.workdir import checkpoint, logs, run, weights
+from crn_jax.workdir.interrupt import Interrupted, Interruption
+from crn_jax.workdir.progress import Progress
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
@@ -38,7 +43,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
   workdir = pathlib.Path(workdir)
   parallel = DataParallel.create(config.parallel.mode)
   parallel.check_batch_size(config.batch_size, "batch_size")
-  backbones.create(config.model.backbone)  # Before data are read, for its errors.
+  registry.create(config.model.backbone)  # Before data are read, for its errors.
   run.check_config(config, workdir, run.free_fields(config))
   resumes = checkpoint.exists(workdir / "checkpoints")
   if not resumes:
@@ -68,7 +73,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
     f"initial values: {_origin(config, workdir, resumes)}"
   )
   if dataset.skipped:
-    print(holes.describe_skipped(dataset.skipped))
+    print(missing.describe_skipped(dataset.skipped))
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
   run.save_data(dataset, workdir)

@@ -7,10 +7,10 @@ from PIL import Image
 
 from configs import default
 from crn_jax import evaluate
-from crn_jax.encode import Encoded
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
-from crn_jax.input_pipeline.datasets import Dataset
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.retrieval.encode import Encoded
 
 CAPTIONS = (("is blue", "has <b>long</b> sleeves"), ("is red",))
 IMAGES, QUERIES = 30, 20

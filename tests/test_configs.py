@@ -11,7 +11,7 @@ from absl import flags
 
 from configs import default
 from crn_jax.convert import layout, timm
-from crn_jax.models import backbones
+from crn_jax.models.backbones import registry
 from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvision)
 
 import timm as timm_models  # isort: skip
@@ -29,7 +29,7 @@ def test_every_configuration_takes_a_preset_a_backbone_or_both(name, names):
     "swin_base": ("crn_swin_base", "swin_base"),
     "crn_released,swin_tiny": ("crn_released_swin_tiny", "swin_tiny"),
   }[names]
-  backbones.create(config.model.backbone)
+  registry.create(config.model.backbone)
   if name != "default":
     assert config.name == f"{name}_{config.preset}"
 
@@ -44,7 +44,7 @@ def test_other_names_are_refused_in_one_line_with_the_choices(names):
   with pytest.raises(flags.IllegalFlagValueError) as error:
     default.get_config(names)
   message = str(error.value)
-  for known in (repr(names), *default.PRESETS, *backbones.BACKBONES):
+  for known in (repr(names), *default.PRESETS, *registry.BACKBONES):
     assert known in message, known
   assert "\n" not in message
 
@@ -71,20 +71,20 @@ def test_an_unknown_backbone_is_refused_with_the_choices():
   config = default.get_config().model.backbone
   config.name = "resnet51"
   with pytest.raises(ValueError, match="'resnet51'; choose one of swin_tiny, .*, resnet50$"):
-    backbones.create(config)
+    registry.create(config)
 
 
 def test_a_size_that_a_backbone_does_not_have_is_refused():
   config = default.get_config("resnet50").model.backbone
   config.window_size = 12
   with pytest.raises(ValueError, match="window_size = 12 is set, but resnet50 has no such size"):
-    backbones.create(config)
+    registry.create(config)
 
 
-@pytest.mark.parametrize("name", [n for n in backbones.BACKBONES if n.startswith("swin")])
+@pytest.mark.parametrize("name", [n for n in registry.BACKBONES if n.startswith("swin")])
 def test_a_named_swin_has_all_tensors_of_timm(name):
   """Names and shapes, of timm itself; without its classifier."""
-  module = backbones.create(default.get_config(name).model.backbone)
+  module = registry.create(default.get_config(name).model.backbone)
   params = jax.eval_shape(
     lambda: module.init(jax.random.key(0), np.zeros((1, 224, 224, 3)), train=False)["params"]
   )

@@ -5,8 +5,8 @@ import pytest
 
 from configs import default
 from crn_jax import evaluate
-from crn_jax.encode import Encoded
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
+from crn_jax.retrieval.encode import Encoded
 
 
 def unit(*angles):

@@ -10,7 +10,9 @@ import numpy as np
 import optax
 import pytest
 
-from crn_jax import optimizer, parallel, train_step
+from crn_jax import parallel
+from crn_jax.methods import crn as train_step
+from crn_jax.methods import optimizer
 from tests import release
 from tests import tiny_model as tiny
 

@@ -12,10 +12,11 @@ import pytest
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
-from crn_jax import checkpoint, history, train
-from crn_jax.interrupt import Interrupted
+from crn_jax import train
 from crn_jax.parallel import DataParallel
-from crn_jax.progress import Progress
+from crn_jax.workdir import checkpoint, history
+from crn_jax.workdir.interrupt import Interrupted
+from crn_jax.workdir.progress import Progress
 from tests import tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]

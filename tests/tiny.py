@@ -3,13 +3,13 @@
 import pathlib
 
 from configs import default
-from crn_jax.input_pipeline import demo
+from crn_jax.input_pipeline.demo import generate
 
 
 def draw(folder: pathlib.Path) -> pathlib.Path:
   """Draws a small data set; returns its root."""
   root = folder / "data"
-  demo.generate(root, image_size=32, n_train_images=40, n_train_triplets=40, n_val_images=40,
+  generate.generate(root, image_size=32, n_train_images=40, n_train_triplets=40, n_val_images=40,
                 n_val_queries=30)  # fmt: skip
   return root
 

@@ -5,7 +5,7 @@ import jax
 import numpy as np
 
 from configs import default
-from crn_jax import train_step
+from crn_jax.methods import crn as train_step
 from crn_jax.models import crn
 
 VOCAB_SIZE = 20

@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 from flax import traverse_util
 
-from crn_jax import weights
 from crn_jax.convert import recognise
 from crn_jax.convert import source as sources
+from crn_jax.workdir import weights
 
 
 def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool = False) -> str:

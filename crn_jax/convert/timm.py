@@ -1,4 +1,4 @@
-"""timm's names of Swin Transformer weights -> parameters of `crn_jax.models.swin`.
+"""timm's names of Swin Transformer weights -> parameters of `crn_jax.models.backbones.swin`.
 
 Microsoft's original files have the names of timm before 0.9.
 """
@@ -11,7 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout
-from crn_jax.models import swin
+from crn_jax.models.backbones import swin
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
 _TABLE = "relative_position_bias_table"

@@ -1,4 +1,4 @@
-"""torchvision's ResNet weights <-> variables of `crn_jax.models.resnet`."""
+"""torchvision's ResNet weights <-> variables of `crn_jax.models.backbones.resnet`."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout
-from crn_jax.models import resnet
+from crn_jax.models.backbones import resnet
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
 

@@ -13,12 +13,14 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
-from crn_jax import checkpoint, files, optimizer, run
 from crn_jax.convert import backbone, layout, pickles, recognise, release, timm, torchvision
 from crn_jax.convert import source as sources
-from crn_jax.input_pipeline.vocabulary import Vocabulary
-from crn_jax.models import backbones, crn
-from crn_jax.train_step import TrainState
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.methods import optimizer
+from crn_jax.methods.crn import TrainState
+from crn_jax.models import crn
+from crn_jax.models.backbones import registry
+from crn_jax.workdir import checkpoint, files, run
 
 _COUNTER = "num_batches_tracked"
 _VOCABULARY = "vocab.json"
@@ -95,7 +97,7 @@ def convert(
   config = config.copy_and_resolve_references()
   before = run.flat(run.as_json(config.model))
   with config.unlocked():
-    module = backbones.create(config.model.backbone)
+    module = registry.create(config.model.backbone)
     found = "ResNet" if "width" in sizes["local"]["backbone"] else "SwinTransformer"
     if type(module).__name__ != found:
       raise ValueError(

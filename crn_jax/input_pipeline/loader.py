@@ -16,7 +16,7 @@ import numpy as np
 
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, ImageStore, TrainSplit
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
 AUGMENTATIONS = ("random_crop_flip", "none")
 

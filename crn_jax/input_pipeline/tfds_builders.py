@@ -22,8 +22,9 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import tensorflow_datasets as tfds
 
-from crn_jax.input_pipeline import fashion200k, fashioniq, images, shoes
+from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import Triplets
+from crn_jax.input_pipeline.readers import fashion200k, fashioniq, shoes
 
 _CHUNK = 64  # Images decoded ahead of the writer.
 

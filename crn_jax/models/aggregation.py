@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
-from crn_jax.models.feature_maps import FeatureMaps
+from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.layers import GeM
 
 

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from crn_jax.models import backbones
 from crn_jax.models.aggregation import ImageHead, ImageOutput
-from crn_jax.models.composition import GlobalComposition, LocalComposition
+from crn_jax.models.backbones import registry
+from crn_jax.models.composition.crn import GlobalComposition, LocalComposition
 from crn_jax.models.layers import GeM
 from crn_jax.models.linear import torch_dense
 from crn_jax.models.relation import Relation
-from crn_jax.models.text import TextEncoder, max_over_words
+from crn_jax.models.text.lstm import TextEncoder, max_over_words
 
 BRANCHES = ("local", "global")
 
@@ -81,7 +81,7 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = backbones.create(c.backbone, dtype, self.axis_name)
+    self.backbone = registry.create(c.backbone, dtype, self.axis_name)
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]

@@ -5,7 +5,7 @@ import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import timm
-from crn_jax.models import swin
+from crn_jax.models.backbones import swin
 
 ARGUMENTS = {
   "embed_dim": 8,

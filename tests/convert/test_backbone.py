@@ -12,9 +12,9 @@ import pytest
 import safetensors.numpy
 
 from configs import default
-from crn_jax import weights
 from crn_jax.convert import backbone, hub, recognise, timm, torchvision
-from crn_jax.models import resnet
+from crn_jax.models.backbones import resnet
+from crn_jax.workdir import weights
 from tests.convert import small_swin
 from tests.release import load_json
 from tests.torch_models import torch

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 
-from crn_jax import weights
 from crn_jax.convert import backbone
-from crn_jax.models import swin
+from crn_jax.models.backbones import swin
+from crn_jax.workdir import weights
 from tests.torch_models import randomize, timm, torch, transformers
 
 # Widths, heads, windows and grids as published; fewer blocks.

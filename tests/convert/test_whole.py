@@ -10,10 +10,11 @@ import pytest
 import safetensors.numpy
 
 from configs import default
-from crn_jax import checkpoint, train
+from crn_jax import train
 from crn_jax.convert import recognise, release, timm, whole
-from crn_jax.input_pipeline.vocabulary import RESERVED, Vocabulary
+from crn_jax.input_pipeline.tokenizers.words import RESERVED, Vocabulary
 from crn_jax.models import crn
+from crn_jax.workdir import checkpoint
 from tests import tiny
 from tests.release import load_json
 from tests.torch_models import torch

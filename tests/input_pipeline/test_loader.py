@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crn_jax.input_pipeline import fashioniq, images, loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.dataset import TrainSplit, Triplets
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline.readers import fashioniq
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 MINI = REPOSITORY / "tests" / "goldens" / "mini_data" / "fashioniq"
@@ -229,7 +230,7 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
 
 ABANDON = """
 import sys
-from crn_jax.input_pipeline import fashioniq, loader, vocabulary
+from crn_jax.input_pipeline.readers import fashioniq, loader, vocabulary
 split = fashioniq.read(sys.argv[1], "dress").train
 words = vocabulary.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from configs import fashion200k, fashioniq_dress, shoes
-from crn_jax import prepare
-from crn_jax.input_pipeline import datasets, images, loader, prepared, tfds_builders
-from crn_jax.input_pipeline.vocabulary import Vocabulary
+from crn_jax.input_pipeline import images, loader, prepare, prepared, registry, tfds_builders
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
 MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
 
@@ -48,7 +47,7 @@ def batches(dataset):
 def open_with(config, **changes):
   data = config.data.copy_and_resolve_references()
   data.update(changes)
-  return datasets.open_dataset(data, train=True)
+  return registry.open_dataset(data, train=True)
 
 
 def test_batches_are_those_of_the_plain_folder(dress, monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crn_jax.models import crn
-from crn_jax.models.text import max_over_words
+from crn_jax.models.text.lstm import max_over_words
 from tests import tiny_model as tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")

@@ -1,0 +1,119 @@
+"""ResNet with bottleneck blocks (He et al., CVPR 2016) as torchvision computes it, NHWC.
+
+Equal to torchvision's `resnet50` without its classifier: the stride of a block is in its 3 x 3
+convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's. Sizes are free.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crn_jax.models import linear
+from crn_jax.models.backbones.feature_maps import FeatureMaps
+from crn_jax.models.layers import BatchNorm
+
+EXPANSION = 4  # Output of a block in widths of its 3 x 3 convolution.
+
+# name -> arguments of `ResNet`, as in torchvision.
+VARIANTS = {"resnet50": {"width": 64, "depths": (3, 4, 6, 3)}}
+
+# He's initial values: normal with variance 2 / (outputs * kernel size), as torchvision.
+_he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+
+
+def conv(features: int, side: int, stride: int, dtype, name: str):
+  """A square convolution without bias, padded so that stride 1 keeps the grid."""
+  if side == 1:
+
+    def product(x):
+      # A matrix product; where a stride skips positions, they are left out before it.
+      dense = linear.dense(features, _he_normal, None, dtype, use_bias=False, name=name)
+      return dense(x[:, ::stride, ::stride])
+
+    return product
+  return nn.Conv(
+    features, (side, side), stride, padding=side // 2, use_bias=False, dtype=dtype,
+    kernel_init=_he_normal, name=name,
+  )  # fmt: skip
+
+
+class Bottleneck(nn.Module):
+  """Residual block: 1 x 1 to `width`, 3 x 3 with the stride, 1 x 1 to four times the width.
+
+  Attributes:
+    width: channels of the 3 x 3 convolution.
+    stride: of the 3 x 3 convolution and of the shortcut.
+    project: whether the shortcut is a 1 x 1 convolution rather than the identity.
+  """
+
+  width: int
+  stride: int
+  project: bool
+  dtype: jnp.dtype = jnp.float32
+  axis_name: str | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    """[batch, h, w, channels] -> [batch, ceil(h / stride), ceil(w / stride), 4 * width]."""
+
+    def unit(x, name, features, side, stride=1):
+      x = conv(features, side, stride, self.dtype, f"conv{name}")(x)
+      bn = BatchNorm(self.axis_name, self.dtype, name=f"bn{name}")
+      return bn(x, None, train=train, update_stats=train)
+
+    y = nn.relu(unit(x, "1", self.width, 1))
+    y = nn.relu(unit(y, "2", self.width, 3, self.stride))
+    y = unit(y, "3", EXPANSION * self.width, 1)
+    if self.project:
+      x = unit(x, "_shortcut", EXPANSION * self.width, 1, self.stride)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """The backbone.
+
+  Attributes:
+    width: channels after the stem; a stage's blocks give 4, 8, 16, ... times as many.
+    depths: blocks a stage.
+    dtype: of the computation; parameters and statistics are float32.
+    axis_name: mapped axis over which the batch is split, if any; BatchNorm counts all of it.
+  """
+
+  width: int = 64
+  depths: Sequence[int] = (3, 4, 6, 3)
+  dtype: jnp.dtype = jnp.float32
+  axis_name: str | None = None
+
+  @property
+  def map_dim(self) -> int:
+    """Width of the last map."""
+    return EXPANSION * self.width * 2 ** (len(self.depths) - 1)
+
+  @nn.compact
+  def __call__(self, images: jax.Array, *, train: bool) -> FeatureMaps:
+    """Encodes images.
+
+    Args:
+      images: [batch, height, width, 3], normalised; any size.
+      train: normalise by the batch; this moves the running statistics (collection 'batch_stats',
+        which must be mutable).
+
+    Returns:
+      `FeatureMaps`: entry k of `stages` is torchvision's `layer{k + 1}`, h / 4 at the first and
+      half as much at each next; `map` is the last of them.
+    """
+    x = conv(self.width, 7, 2, self.dtype, "conv1")(images.astype(self.dtype))
+    bn = BatchNorm(self.axis_name, self.dtype, name="bn1")
+    x = nn.relu(bn(x, None, train=train, update_stats=train))
+    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    stages = []
+    for i, depth in enumerate(self.depths):
+      for j in range(depth):
+        x = Bottleneck(
+          self.width * 2**i, 2 if i > 0 and j == 0 else 1, j == 0, self.dtype, self.axis_name,
+          name=f"stage{i}_block{j}",
+        )(x, train=train)  # fmt: skip
+      stages.append(x)
+    return FeatureMaps(x, tuple(stages))

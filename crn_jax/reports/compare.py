@@ -1,0 +1,264 @@
+"""Finished runs side by side: a table, compare.png and compare.html."""
+
+import dataclasses
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+
+from crn_jax import evaluate
+from crn_jax.reports import page, tables
+from crn_jax.reports.pictures import curves
+from crn_jax.workdir import history
+from crn_jax.workdir.run import flat
+
+_KEYS = ("dataset", "checkpoint_step", "selection", "captions", "exclude_reference", "best_metric",
+         "breakdown_protocol", "n_queries", "protocols", "by_query")  # fmt: skip
+# Fields that say where a run is, not what it is.
+_PLACES = ("name", "data.root")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A finished run.
+
+  Attributes:
+    name: as short as it stays different from the other runs' names.
+    results: eval.json.
+    config: field -> value, e.g. {"data.category": "dress"}.
+    recorded: metrics.jsonl; empty if there is none.
+  """
+
+  name: str
+  results: dict
+  config: dict
+  recorded: history.History
+
+
+def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> str:
+  """Compares runs and writes compare.png and compare.html.
+
+  Args:
+    workdirs: folders of two or more runs.
+    out: folder of the two files.
+
+  Returns:
+    Warnings, tables and the paths written, for people to read.
+
+  Raises:
+    FileNotFoundError: a folder holds no finished run.
+    ValueError: fewer than two runs, one named twice, or a damaged file.
+  """
+  folders = [pathlib.Path(w) for w in workdirs]
+  if len({f.resolve() for f in folders}) != len(folders) or len(folders) < 2:
+    raise ValueError(
+      f"--workdirs: expected two or more different folders, e.g. runs/a,runs/b; got "
+      f"{', '.join(map(str, folders)) or 'none'}"
+    )
+  runs = [load(f, name) for f, name in zip(folders, _names(folders), strict=True)]
+  out = pathlib.Path(out)
+  picture, html = out / "compare.png", out / "compare.html"
+  draw(runs, picture)
+  warnings, results, differing = not_comparable(runs), result_tables(runs), differences(runs)
+  page.write(
+    "compare.html",
+    html,
+    title=f"Comparison of {len(runs)} runs",
+    warnings=warnings,
+    tables=results,
+    figure=page.Figure("Recalls", picture, "whiskers: 95 % bootstrap interval over queries"),
+    differences=differing,
+  )
+  lines = [f"WARNING, not comparable: {w}" for w in warnings]
+  lines += [tables.as_text(t) for t in (*results, differing)]
+  return "\n\n".join([*lines, f"written:\n  {picture}\n  {html}"])
+
+
+def load(workdir: str | os.PathLike, name: str) -> Run:
+  """Reads a finished run.
+
+  Raises:
+    FileNotFoundError: config.json or eval.json is missing.
+    ValueError: one of them is damaged, or of an older version.
+  """
+  workdir = pathlib.Path(workdir)
+  config = _read(
+    workdir / "config.json",
+    missing=f"{workdir} holds no run; --workdirs takes folders of runs",
+    damaged="restore it, or leave this run out",
+  )
+  path = workdir / "eval.json"
+  mend = (
+    f"evaluate its last checkpoint with --mode=eval --checkpoint=last --workdir={workdir} and the "
+    "run's --config"
+  )
+  results = _read(
+    path,
+    missing=f"the run in {workdir} is not finished. Start its command again to finish it, or "
+    f"{mend}",
+    damaged=mend,
+  )
+  lacking = [key for key in _KEYS if key not in results]
+  if not lacking and any("intervals" not in p for p in results["protocols"].values()):
+    lacking = ["intervals"]
+  if lacking:
+    raise ValueError(f"{path}: lacks {', '.join(lacking)}, so an older version wrote it; {mend}")
+  return Run(name, results, flat(config), history.read(workdir))
+
+
+def not_comparable(runs: Sequence[Run]) -> list[str]:
+  """What forbids to compare the runs' numbers, in sentences; empty if nothing does."""
+  facts: dict[str, Callable[[dict], object]] = {
+    "the data sets": lambda r: r["dataset"],
+    "the numbers of queries": lambda r: r["n_queries"],
+    "the captions": lambda r: r["captions"],
+    "the uses of the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
+    "the protocol of the breakdown by query": lambda r: r["breakdown_protocol"],
+    "the skipped data": lambda r: (
+      ", ".join(f"{k} {v}" for k, v in flat(r.get("skipped") or {}).items()) or "none"
+    ),
+  }
+  protocols = dict.fromkeys(p for run in runs for p in run.results["protocols"])
+  for protocol in protocols:
+    facts[f"the galleries of {protocol}"] = lambda r, p=protocol: (
+      r["protocols"].get(p, {}).get("gallery", "not measured")
+    )
+  warnings = []
+
+  def warn(what, values):
+    named = ", ".join(f"{v} in {run.name}" for v, run in zip(values, runs, strict=True))
+    warnings.append(f"{what} differ: {named}")
+
+  for what, fact in facts.items():
+    values = [fact(run.results) for run in runs]
+    if len(set(values)) > 1:
+      warn(what, values)
+  choices = [_choices(run.results) for run in runs]
+  if not set.intersection(*map(set, choices)):
+    warn("the choices of the checkpoint", [" and ".join(c) for c in choices])
+  for run in runs:
+    epochs, wanted = run.recorded.series("epoch")[1], run.config.get("num_epochs")
+    if len(epochs) and wanted and round(epochs[-1], 2) < wanted:
+      warnings.append(f"{run.name} is not finished: epoch {epochs[-1]:.2f} of {wanted}")
+  return warnings
+
+
+def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
+  """Tables with one column a run: what was evaluated, recalls by protocol and by query."""
+  results = [run.results for run in runs]
+  header = ("", *(run.name for run in runs))
+
+  def table(title, rows, note=""):
+    return tables.Table(title, header, tuple(rows), note)
+
+  def row(name, parts, metric):
+    return name, tuple(tables.recall_cells(part, [metric])[0] for part in parts)
+
+  evaluated = {
+    "data set": lambda r: r["dataset"],
+    "queries": lambda r: r["n_queries"],
+    "captions": lambda r: r["captions"],
+    "reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
+    "checkpoint step": lambda r: r["checkpoint_step"],
+    "selection": lambda r: " and ".join(filter(None, (r["selection"], r.get("also")))),
+    "best by": lambda r: r["best_metric"],
+  }
+  shown = [
+    table(
+      "Evaluated",
+      [(n, tuple(tables.Cell(str(fact(r))) for r in results)) for n, fact in evaluated.items()],
+      "Best checkpoints were chosen on these very queries, which flatters them.",
+    )
+  ]
+  metrics = _metrics(runs)
+  for protocol in dict.fromkeys(p for r in results for p in r["protocols"]):
+    parts = [r["protocols"].get(protocol, {}) for r in results]
+    rows = [("gallery", tuple(tables.Cell(str(p.get("gallery", "-"))) for p in parts))]
+    rows += [row(m, parts, m) for m in metrics]
+    # The other checkpoint stands beside the evaluated one, so that neither is shown alone.
+    beside = [(r.get("beside") or [{}])[0] for r in results]
+    if any(beside):
+      steps = tuple(
+        tables.Cell(f"{b['selection']}, step {b['checkpoint_step']}" if b else "-") for b in beside
+      )
+      rows.append(("beside it", steps))
+      others = [b.get("protocols", {}).get(protocol, {}) for b in beside]
+      rows += [row(f"  {m}", others, m) for m in metrics]
+    shown.append(table(protocol, rows))
+  for kind in evaluate.QUERY_KINDS[1:]:
+    parts = [r["by_query"].get(kind, {}) for r in results]
+    title = f"{kind.replace('_', ' ')} queries, {results[0]['breakdown_protocol']}"
+    shown.append(table(title.capitalize(), [row(m, parts, m) for m in metrics]))
+  return shown
+
+
+def differences(runs: Sequence[Run]) -> tables.Table:
+  """The fields of the configurations in which the runs differ."""
+  fields = dict.fromkeys(field for run in runs for field in run.config if field not in _PLACES)
+  rows = []
+  for field in fields:
+    values = [json.dumps(run.config[field]) if field in run.config else "-" for run in runs]
+    if len(set(values)) > 1:
+      rows.append((field, tuple(tables.Cell(v) for v in values)))
+  note = "" if rows else "None: the runs have the same configuration."
+  header = ("field", *(run.name for run in runs))
+  return tables.Table("Fields in which the configurations differ", header, tuple(rows), note)
+
+
+def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
+  """Writes compare.png: the recall that chooses checkpoints over the steps, recalls as bars."""
+  metric = runs[0].results["best_metric"]
+  bars = {}
+  for protocol in dict.fromkeys(p for run in runs for p in run.results["protocols"]):
+    for name in _metrics(runs):
+      parts = {run.name: run.results["protocols"].get(protocol, {}) for run in runs}
+      bars[f"{protocol}/{name}"] = {
+        run: curves.Bar(part[name], tuple(part["intervals"][name])) if name in part else None
+        for run, part in parts.items()
+      }
+  datasets = ", ".join(dict.fromkeys(run.results["dataset"] for run in runs))
+  title = f"{datasets}: {len(runs)} runs"
+  if not_comparable(runs):
+    title += "; NOT COMPARABLE in all respects, see the warnings"
+  curves.comparison(
+    {run.name: run.recorded.series(f"eval/{metric}") for run in runs},
+    bars,
+    path,
+    metric=metric,
+    title=title,
+  )
+
+
+def _choices(results: dict) -> list[str]:
+  """All that the evaluated checkpoint is: the last one, the best one, or both."""
+  words = {"last": "last", "best": f"best by {results['best_metric']}"}
+  return [words[name] for name in (results["selection"], results.get("also")) if name]
+
+
+def _read(path: pathlib.Path, *, missing: str, damaged: str) -> dict:
+  """Content of a JSON file; `missing` and `damaged` say what then is and how to go on."""
+  try:
+    content = json.loads(path.read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    raise FileNotFoundError(f"{path}: not found, so {missing}") from None
+  except ValueError as error:
+    raise ValueError(f"{path}: not valid JSON ({error}); {damaged}") from error
+  if not isinstance(content, dict):
+    raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; {damaged}")
+  return content
+
+
+def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+  """Last parts of the paths of different folders, as many as tell them apart."""
+  parts = [f.resolve().parts for f in folders]
+  tries = (["/".join(p[-n:]) for p in parts] for n in itertools.count(1))
+  return next(names for names in tries if len(set(names)) == len(names))
+
+
+def _metrics(runs: Sequence[Run]) -> list[str]:
+  """Names of all recalls of the runs, by rising cut-off."""
+  names = {
+    m for run in runs for p in run.results["protocols"].values() for m in evaluate.metric_names(p)
+  }
+  return sorted(names, key=lambda name: int(name.partition("@")[2]))

@@ -1,0 +1,107 @@
+"""What all pictures made with Pillow share: colours, wrapped text, image cells."""
+
+import os
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+from crn_jax.workdir import files
+
+# Of Okabe and Ito's palette, whose colours are told apart with every kind of colour blindness.
+BLUE = (0, 114, 178)
+VERMILLION = (213, 94, 0)
+INK = (28, 28, 30)
+FAINT = (105, 105, 110)
+RULE = (216, 216, 220)
+CELL_BACKGROUND = (238, 238, 240)
+UNREADABLE = (190, 190, 194)
+WHITE = (255, 255, 255)
+
+_LINE_SPACING = 1.35
+
+# Below this, enlarging with LANCZOS only blurs; whole pixels say more.
+_TINY = 32
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+  """Pillow's own font, which is there on every machine."""
+  return ImageFont.load_default(size=size)
+
+
+def wrap(text: str, font, width: int, max_lines: int) -> list[str]:
+  """Breaks at spaces, inside words only if one is wider than a line; cuts with "..." at the end."""
+  lines = []
+  for paragraph in text.splitlines():
+    line = ""
+    for word in paragraph.split():
+      joined = f"{line} {word}" if line else word
+      if font.getlength(joined) <= width:
+        line = joined
+        continue
+      if line:
+        lines.append(line)
+      *full, line = _pieces(word, font, width)
+      lines.extend(full)
+    lines.append(line)
+  if len(lines) > max_lines:
+    last = lines[max_lines - 1]
+    while last and font.getlength(f"{last} ...") > width:
+      last = last[:-1]
+    lines = [*lines[: max_lines - 1], f"{last.rstrip()} ..."]
+  return lines
+
+
+def _pieces(word: str, font, width: int) -> list[str]:
+  """The word cut into pieces no wider than a line."""
+  pieces, piece = [], ""
+  for character in word:
+    if piece and font.getlength(piece + character) > width:
+      pieces.append(piece)
+      piece = ""
+    piece += character
+  return [*pieces, piece]
+
+
+def line_height(font) -> int:
+  """Distance of two lines in pixels."""
+  return round(font.size * _LINE_SPACING)
+
+
+def text_height(lines: Sequence[str], font) -> int:
+  """Height of wrapped lines in pixels."""
+  return len(lines) * line_height(font)
+
+
+def draw_lines(draw, origin, lines: Sequence[str], font, colour) -> None:
+  """Draws wrapped lines below each other."""
+  x, y = origin
+  for i, line in enumerate(lines):
+    draw.text((x, y + i * line_height(font)), line, fill=colour, font=font)
+
+
+def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
+  """The image, as large as a side x side square allows, centred on a neutral background."""
+  try:
+    with Image.open(path) as file:
+      image = _fit(file.convert("RGB"), side)
+  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
+  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+    square = Image.new("RGB", (side, side), UNREADABLE)
+    draw = ImageDraw.Draw(square)
+    draw.text((side / 2, side / 2), "unreadable", fill=INK, font=font, anchor="mm")
+    return square
+  square = Image.new("RGB", (side, side), CELL_BACKGROUND)
+  square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+  return square
+
+
+def _fit(image: Image.Image, side: int) -> Image.Image:
+  longest = max(image.size)
+  resample = Image.Resampling.NEAREST if longest < _TINY else Image.Resampling.LANCZOS
+  return image.resize([max(1, round(length * side / longest)) for length in image.size], resample)
+
+
+def write_png(image: Image.Image, path: str | os.PathLike) -> None:
+  """Writes a PNG; its folder is created, the file appears complete or not at all."""
+  with files.replacing(path) as temporary:
+    image.save(temporary, format="PNG")

@@ -1,0 +1,150 @@
+"""Results as tables, for a terminal and for a page."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+from crn_jax import evaluate
+from crn_jax.input_pipeline.checks import missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """A cell of a table.
+
+  Attributes:
+    text: what it says.
+    detail: said smaller behind it, e.g. an interval.
+  """
+
+  text: str
+  detail: str = ""
+
+  def __str__(self) -> str:
+    return f"{self.text} ({self.detail})" if self.detail else self.text
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """A table.
+
+  Attributes:
+    title: its heading.
+    header: names of the columns.
+    rows: name of the row and its cells, one fewer than `header`.
+    note: what one must know to read it.
+  """
+
+  title: str
+  header: tuple[str, ...]
+  rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+  note: str = ""
+
+
+def as_text(table: Table) -> str:
+  """The table for a terminal."""
+  lines = [table.header, *((name, *map(str, cells)) for name, cells in table.rows)]
+  widths = [max(len(line[i]) for line in lines) for i in range(len(table.header))]
+  text = [table.title]
+  if table.rows:
+    for first, *others in lines:
+      cells = "".join("  " + c.rjust(w) for c, w in zip(others, widths[1:], strict=True))
+      text.append(f"  {first.ljust(widths[0])}{cells}")
+  return "\n".join([*text, *([table.note] if table.note else [])])
+
+
+def recall_cells(recalls: dict, metrics: Sequence[str]) -> tuple[Cell, ...]:
+  """Recalls in percent with their intervals; '-' where one was not measured."""
+  cells = []
+  for metric in metrics:
+    if metric not in recalls:
+      cells.append(Cell("-"))
+      continue
+    low, high = recalls["intervals"][metric]
+    cells.append(Cell(f"{recalls[metric]:.2f}", f"{low:.1f}-{high:.1f}"))
+  return tuple(cells)
+
+
+def results_as_text(results: dict) -> str:
+  """The results of an evaluation, as in eval.json, for a terminal."""
+  intervals = "Recall in percent; behind it the 95 % bootstrap interval over queries."
+  parts = [f"{describe(results)}\n{intervals}", *map(as_text, result_tables(results))]
+  if lines := notes(results):
+    parts.append("\n".join(lines))
+  return "\n\n".join(parts)
+
+
+def result_tables(results: dict) -> list[Table]:
+  """The results of an evaluation, as in eval.json, as tables."""
+  metrics = evaluate.metric_names(next(iter(results["protocols"].values())))
+  breakdown = results["breakdown_protocol"]
+
+  def table(title, first, rows, note=""):
+    rows = tuple((name, recall_cells(recalls, metrics)) for name, recalls in rows)
+    return Table(title, (first, *metrics), rows, note)
+
+  categories = results.get("categories", {})
+  rows = []
+  for protocol, recalls in results["protocols"].items():
+    name = f"{protocol}, gallery {recalls['gallery']}"
+    rows.append((f"{name} (mean of {len(categories)})" if categories else name, recalls))
+  tables = [
+    table(
+      f"Evaluated: {evaluate.describe_selection(results)}",
+      "protocol",
+      rows,
+      protocol_note(results["protocols"]),
+    )
+  ]
+  for other in results.get("beside", []):
+    rows = [(f"{p}, gallery {r['gallery']}", r) for p, r in other["protocols"].items()]
+    title = f"Beside it: {evaluate.describe_selection(other)}"
+    tables.append(table(title, "protocol", rows))
+  if categories:
+    rows = [
+      (f"{name}: {protocol}, gallery {recalls['gallery']}", recalls)
+      for name, section in categories.items()
+      for protocol, recalls in section["protocols"].items()
+    ]
+    tables.append(table("By category", "category", rows))
+  rows = [(kind.replace("_", " "), recalls) for kind, recalls in results["by_query"].items()]
+  tables.append(
+    table(
+      f"By query, {breakdown}",
+      "query",
+      rows,
+      "image only: the reference's own vector; text only: the text composed with a zero image.",
+    )
+  )
+  if "by_text_kind" in results:
+    rows = [
+      (f"{kind}, {recalls['n_queries']} queries", recalls)
+      for kind, recalls in results["by_text_kind"].items()
+    ]
+    tables.append(table(f"By kind of text, {breakdown}", "text", rows))
+  return tables
+
+
+def protocol_note(protocols: Iterable[str]) -> str:
+  """What the protocols of a result mean."""
+  known = [f"{p} ranks {evaluate.PROTOCOLS[p]}" for p in protocols if p in evaluate.PROTOCOLS]
+  warning = " Recalls of different protocols are not comparable." if len(known) > 1 else ""
+  return "; ".join(known) + "." + warning
+
+
+def describe(results: dict) -> str:
+  """What the recalls of an evaluation mean, in one sentence."""
+  return (
+    f"{results['dataset']}: {results['n_queries']} queries; captions {results['captions']}; "
+    f"reference image {'excluded from' if results['exclude_reference'] else 'kept in'} its ranking."
+  )
+
+
+def notes(results: dict) -> list[str]:
+  """What else belongs to the results, in sentences."""
+  notes = []
+  if "ceilings" in results:
+    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
+    notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
+  if "skipped" in results:
+    notes += missing.describe_skipped(results["skipped"]).splitlines()
+  return notes

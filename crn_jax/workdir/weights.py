@@ -1,0 +1,215 @@
+"""Initial variables: random, or with a pretrained backbone in both branches.
+
+Pretrained backbones are folders that convert_torch_weights.py writes: an Orbax checkpoint of the
+parameters, with metadata about where they come from and what they fit.
+"""
+
+import os
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import traverse_util
+
+from crn_jax.input_pipeline import images
+from crn_jax.models.backbones import registry
+from crn_jax.models.crn import BRANCHES, CRN
+from crn_jax.workdir import files
+
+_TABLE = "relative_position_bias_table"
+
+
+def initial_variables(
+  model: CRN, config: ml_collections.ConfigDict, *, pretrained: bool = True
+) -> dict:
+  """Variables before training, from `config.seed`.
+
+  Both backbones start from `config.model.pretrained`, if it is set and `pretrained`; see
+  `check_pretrained` for what is raised.
+  """
+  init = jax.jit(model.init, static_argnums=(1, 2))
+  variables = init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)
+  path = config.model.pretrained
+  if path and pretrained:
+    check_pretrained(config)
+    for name in BRANCHES:
+      own = {c: tree[name] for c, tree in variables.items() if "backbone" in tree[name]}
+      loaded = load_backbone(path, {c: tree["backbone"] for c, tree in own.items()})
+      for collection, tree in own.items():
+        tree["backbone"] = loaded[collection]
+  return variables
+
+
+def check_pretrained(config: ml_collections.ConfigDict) -> None:
+  """Checks, from the metadata alone, that `config.model.pretrained` is there and fits.
+
+  Raises:
+    FileNotFoundError: if the folder of pretrained weights is not there.
+    ValueError: if it holds none, or those of another backbone than `config.model.backbone`.
+  """
+  path = config.model.pretrained
+  if not path:
+    return
+  if not pathlib.Path(path).exists():
+    raise FileNotFoundError(
+      f"{path}: pretrained backbone weights (model.pretrained) not found. Make the folder with\n"
+      f"  python convert_torch_weights.py --input=MODEL.safetensors --output={path}\n"
+      f"from published weights (docs/weights.md lists the kinds), or start from random values: "
+      f"--config.model.pretrained=''"
+    )
+  metadata = read_metadata(path)
+  found = metadata["architecture"]
+  module = registry.create(config.model.backbone)
+  wanted = {key: getattr(module, key, None) for key in found if key != "module"}
+  wanted["module"] = type(module).__name__
+  # Tables of another window are interpolated.
+  differences = [
+    f"model.backbone.{key}: {found[key]} in the weights, {wanted[key]} in the configuration"
+    for key in sorted(found.keys() - {"window_size"})
+    if _plain(found[key]) != _plain(wanted[key])
+  ]
+  if differences:
+    raise ValueError(
+      f"{path}: weights of another backbone:\n  " + "\n  ".join(differences) + "\n"
+      "Change model.backbone, or convert other weights to another folder."
+    )
+  prepared = metadata["preprocessing"]
+  ours = {"mean": images.IMAGENET_MEAN, "std": images.IMAGENET_STD}
+  for key, value in ours.items():
+    if not np.allclose(prepared[key], value, atol=1e-3):
+      logging.warning(
+        "%s: trained on images normalised with %s %s; here it is %s",
+        path,
+        key,
+        prepared[key],
+        value,
+      )
+
+
+def read_metadata(path: str | os.PathLike) -> dict:
+  """What convert_torch_weights.py recorded: architecture, kind, preprocessing, source.
+
+  Raises:
+    ValueError: if the path is no folder that it wrote.
+  """
+  path = pathlib.Path(path).absolute()
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      return dict(checkpointer.metadata(path).custom_metadata["backbone"])
+  except Exception as error:  # Orbax raises many kinds.
+    raise ValueError(
+      f"{path}: not a folder of backbone weights written by convert_torch_weights.py "
+      f"({type(error).__name__}); convert the weights again"
+    ) from error
+
+
+def save_backbone(
+  variables: dict, metadata: dict, path: str | os.PathLike, *, force: bool = False
+) -> None:
+  """Writes backbone variables as an Orbax checkpoint; the folder appears complete or not at all.
+
+  Args:
+    variables: {'params'[, 'batch_stats']} of the backbone, numpy arrays.
+    metadata: see `read_metadata`; 'architecture' has the class of the
+      backbone as 'module', and its arguments.
+    path: folder to write.
+    force: whether a folder that is there may be replaced.
+
+  Raises:
+    FileExistsError: if the path exists and `force` is not given.
+  """
+  if pathlib.Path(path).exists() and not force:
+    raise FileExistsError(f"{path}: exists already")
+  # Nothing changes the arrays while they are written: Orbax need not copy them before.
+  registry = ocp.type_handlers.create_type_handler_registry(
+    (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
+    (jax.Array, ocp.type_handlers.ArrayHandler()),  # Without it Orbax warns.
+  )
+  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+  with files.replacing_folder(path) as partial, ocp.Checkpointer(handler) as checkpointer:
+    checkpointer.save(
+      partial, ocp.args.PyTreeSave(variables), custom_metadata={"backbone": metadata}
+    )
+
+
+def load_backbone(path: str | os.PathLike, like: dict) -> dict:
+  """Reads backbone variables written by `save_backbone`.
+
+  Relative position tables of another window are interpolated.
+
+  Args:
+    path: the folder.
+    like: {'params'[, 'batch_stats']} of the backbone, for structure and shapes.
+
+  Raises:
+    ValueError: if the folder holds other variables; names the differences.
+  """
+  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    folder = pathlib.Path(path).absolute()
+    structure = checkpointer.metadata(folder).item_metadata.tree
+    arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
+    loaded = checkpointer.restore(folder, restore_args=arrays)
+  loaded = traverse_util.flatten_dict(loaded)
+  expected = {k: v.shape for k, v in traverse_util.flatten_dict(like).items()}
+  for name, shape in expected.items():
+    if name[-1] == _TABLE and name in loaded and loaded[name].shape != shape:
+      loaded[name] = resize_table(loaded[name], shape)
+  found = {k: v.shape for k, v in loaded.items()}
+  if found != expected:
+    differences = [
+      f"{'/'.join(k)}: {found.get(k, 'absent')} in the weights, {expected.get(k, 'absent')} in the "
+      f"model"
+      for k in sorted(found.keys() | expected.keys())
+      if found.get(k) != expected.get(k)
+    ]
+    shown = "\n  ".join(differences)
+    raise ValueError(
+      f"{path}: not the weights of this backbone, {len(differences)} differences:\n  {shown}\n"
+      f"Check model.backbone and data.image_size, or convert the weights again."
+    )
+  return traverse_util.unflatten_dict(loaded)
+
+
+def resize_table(table: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """A relative position table for another window, as timm interpolates it (after BEiT).
+
+  Linear interpolation between knots whose distance grows geometrically from the centre, so that
+  near offsets, which matter most, keep their values.
+
+  Args:
+    table: [(2 w - 1)^2, heads].
+    shape: [(2 v - 1)^2, heads] of the result.
+
+  Returns:
+    The table; unchanged if it is not square or `shape` is not.
+  """
+  old, new = round(table.shape[0] ** 0.5), round(shape[0] ** 0.5)
+  if old**2 != table.shape[0] or new**2 != shape[0] or not old % 2 or not new % 2 or old < 3:
+    return table
+  knots = _knots(old // 2, new // 2)
+  offsets = np.arange(-(new // 2), new // 2 + 1)
+  along = np.stack([np.interp(offsets, knots, row) for row in np.eye(old)], axis=1)  # [new, old]
+  grid = table.reshape(old, old, -1)
+  return (
+    np.einsum("yi,xj,ijh->yxh", along, along, grid).reshape(-1, table.shape[1]).astype(table.dtype)
+  )
+
+
+def _knots(n: int, reach: int) -> np.ndarray:
+  """Positions -x_n .. 0 .. x_n, where x_n = 1 + q + ... + q^(n - 1) is about `reach`."""
+  low, high = 1.01, 1.5
+  while high - low > 1e-6:
+    ratio = (low + high) / 2
+    if (1 - ratio**n) / (1 - ratio) > reach:
+      high = ratio
+    else:
+      low = ratio
+  positive = np.cumsum(ratio ** np.arange(n))
+  return np.concatenate([-positive[::-1], [0.0], positive])
+
+
+def _plain(value):
+  return list(value) if isinstance(value, (list, tuple)) else value

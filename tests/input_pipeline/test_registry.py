@@ -1,0 +1,69 @@
+"""Opening a data set: what the configuration decides, and what a resumed run can check."""
+
+import json
+import pathlib
+import shutil
+
+import pytest
+
+from configs import default
+from crn_jax.input_pipeline import registry
+from crn_jax.input_pipeline.checks import verify
+
+MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data" / "fashioniq"
+
+
+@pytest.fixture
+def root(tmp_path):
+  """A copy of the tiny tree, to be changed."""
+  return pathlib.Path(shutil.copytree(MINI, tmp_path / "data"))
+
+
+def open_shirts(root, train=True, known_digest=None, **changes):
+  config = default.get_config().data
+  config.update({"root": str(root), "category": "shirt", **changes})
+  return registry.open_dataset(config, train=train, known_digest=known_digest)
+
+
+def test_unknown_data_set_is_refused(root):
+  with pytest.raises(ValueError, match="'fashioniq', 'shoes', .* got 'cirr'"):
+    open_shirts(root, dataset="cirr")
+
+
+def test_holes_are_an_error_unless_they_are_to_be_skipped(root):
+  (root / "resized_image/shirt/B00SHIRT04.jpg").unlink()
+  with pytest.raises(ValueError, match="B00SHIRT04"):
+    open_shirts(root)
+  for train in (True, False):
+    dataset = open_shirts(root, train, on_missing="skip")
+    assert dataset.skipped["val"]["shirt"]["original_split"] == 1
+    assert ("train" in dataset.skipped) == train
+
+
+def test_known_images_are_not_verified_again(root, monkeypatch):
+  digest = open_shirts(root).image_digest
+
+  def fail(path):
+    raise AssertionError(f"{path} was decoded again")
+
+  monkeypatch.setattr(verify, "damage", fail)
+  assert open_shirts(root, known_digest=digest).image_digest == digest
+
+
+def test_fingerprint_is_that_of_the_train_triplets(root, tmp_path):
+  fingerprint = open_shirts(root).fingerprint
+  assert len(fingerprint) == 64
+  assert open_shirts(root, train=False).fingerprint == ""
+  # Another folder in another layout holds the same triplets.
+  other = pathlib.Path(shutil.copytree(MINI, tmp_path / "other"))
+  (other / "resized_image").rename(other / "images")
+  assert open_shirts(other).fingerprint == fingerprint
+  assert open_shirts(root, captions="both_orders").fingerprint != fingerprint
+  captions = root / "captions/cap.shirt.train.json"
+  entries = json.loads(captions.read_text())
+  captions.write_text(json.dumps(entries[::-1]))
+  assert open_shirts(root).fingerprint != fingerprint
+  captions.write_text(json.dumps(entries))
+  assert open_shirts(root).fingerprint == fingerprint
+  (root / "resized_image/shirt/S000000001.jpg").unlink()
+  assert open_shirts(root, on_missing="skip").fingerprint != fingerprint

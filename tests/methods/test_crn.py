@@ -1,0 +1,223 @@
+"""Behaviour of one training update, on a tiny model (numbers: test_train_parity)."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from crn_jax import parallel
+from crn_jax.input_pipeline import images
+from crn_jax.methods import crn as train_step
+from crn_jax.models import crn
+from tests import tiny_model as tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+BATCH = 4
+TX = optax.sgd(0.1)
+
+
+def config(
+  names="crn", *, update_mode="alternating", dtype="float32", auxiliary=None, drop_path=None
+):
+  c = tiny.config(names)
+  if drop_path is not None:
+    c.model.backbone.drop_path_rate = drop_path
+  c.update_mode = update_mode
+  c.model.dtype = dtype
+  if auxiliary is not None:
+    c.loss.auxiliary = auxiliary
+  return c
+
+
+@functools.cache
+def compiled_step(names="crn", **changes):
+  c = config(names, **changes)
+  return jax.jit(train_step.make_train_step(tiny.model(c), TX, c, None))
+
+
+@functools.cache
+def start(names="crn") -> train_step.TrainState:
+  return tiny.state(config(names), TX)
+
+
+@functools.cache
+def first_update(names="crn", **changes):
+  """State and metrics after the first step."""
+  step = compiled_step(names, **changes)
+  return jax.device_get(step(start(names), tiny.batch(config(names), BATCH)))
+
+
+def equal(a, b) -> bool:
+  return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_the_update_compiles_once(mode):
+  """Over steps whose state comes from the host and from the step before, on several devices."""
+  c = config()
+  dp = parallel.DataParallel.create(mode, jax.devices()[:2])
+  step = dp.map(
+    train_step.make_train_step(tiny.model(c, parallel.AXIS), TX, c, parallel.AXIS),
+    outputs=(parallel.REPLICATED, parallel.REPLICATED),
+    donate_first=True,
+  )
+  state = dp.replicate(jax.tree.map(np.asarray, start()))
+  state, _ = step(state, dp.shard(tiny.batch(c, BATCH)))
+  compilations = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None
+  )
+  for i in range(2):
+    state, _ = step(state, dp.shard(tiny.batch(c, BATCH, seed=i)))
+  state = dp.replicate(dp.fetch(state))
+  state, _ = step(state, dp.shard(tiny.batch(c, BATCH)))
+  assert dp.fetch(state).step == 4
+  assert not compilations
+  jax.jit(lambda x: x + BATCH)(np.float32(1))
+  assert compilations  # It would have been heard of.
+
+
+@pytest.mark.parametrize(
+  ("update_mode", "auxiliary", "expected"),
+  [
+    ("alternating", 0.0, 6 * BATCH),
+    ("alternating", 1.0, 6 * BATCH + 2),
+    ("simultaneous", 0.0, 4 * BATCH),
+    ("simultaneous", 1.0, 4 * BATCH + 2),
+  ],
+)
+@pytest.mark.parametrize("names", ["crn", "crn,resnet50"])
+def test_each_image_passes_a_backbone_as_often_as_needed(names, update_mode, auxiliary, expected):
+  """Reference and target, in both branches and, alternating, in the updated local branch again.
+
+  The auxiliary relation adds one zero image a branch.
+  """
+  c = config(names, update_mode=update_mode, auxiliary=auxiliary)
+  state, passed = start(names), []
+
+  def count(next_method, args, kwargs, context):
+    if context.module.name == "backbone" and context.method_name == "__call__":
+      passed.append(args[0].shape[0])
+    return next_method(*args, **kwargs)
+
+  step = train_step.make_train_step(tiny.model(c), TX, c, None)
+  with nn.intercept_methods(count):
+    jax.eval_shape(step, state, tiny.batch(c, BATCH))
+  assert sum(passed) == expected
+  # The zero image comes first: it takes the running statistics from before the step.
+  assert passed[0] == (1 if auxiliary else 2 * BATCH)
+
+
+@pytest.mark.slow
+def test_both_update_modes_change_local_alike_and_global_otherwise():
+  """Alternating, the global branch learns from the local branch that was updated already."""
+  (alternating, metrics), (simultaneous, other) = (
+    first_update(update_mode=mode) for mode in ("alternating", "simultaneous")
+  )
+  for a, b in zip(
+    jax.tree.leaves(alternating.params["local"]), jax.tree.leaves(simultaneous.params["local"]),
+    strict=True,
+  ):  # fmt: skip
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  moved = abs(metrics["global/mutual_kl"] / other["global/mutual_kl"] - 1)
+  assert moved > 1e-3
+  # What has no teacher in it is the same.
+  assert metrics["global/classification"] == pytest.approx(other["global/classification"], rel=1e-5)
+  assert not equal(alternating.params["global"], simultaneous.params["global"])
+
+
+def test_an_unknown_update_mode_is_refused_by_name():
+  with pytest.raises(ValueError, match="alternating.*simultaneous.*'joint'"):
+    c = config(update_mode="joint")
+    train_step.make_update(tiny.model(c), TX, c, None)
+
+
+@pytest.mark.slow
+def test_the_first_gradient_is_finite():
+  """The auxiliary relation's zero image makes LayerNorm, GeM and cosines degenerate."""
+  c = config()
+  fresh = train_step.TrainState.create(tiny.fresh_variables(c), TX)
+  state, metrics = compiled_step()(fresh, tiny.batch(c, BATCH))
+  assert metrics["local/auxiliary"] > 0
+  for name, value in metrics.items():
+    assert np.isfinite(value), name
+  for path, value in jax.tree_util.tree_leaves_with_path(state.params):
+    assert np.isfinite(value).all(), path
+
+
+@pytest.mark.slow
+# 14 BatchNorms in two Inception units, 9 in this ResNet, with a mean and a variance each.
+@pytest.mark.parametrize(
+  ("names", "drop_path", "arrays"),
+  [("crn", 0.0, 28), ("crn,resnet50", None, 28 + 18), ("clvc_net", None, 28 + 18)],
+)
+def test_running_statistics_are_moved_once_by_the_pass_with_gradients(names, drop_path, arrays):
+  """Neither the zero image nor the updated local branch's pass as a teacher moves them."""
+  state, metrics = first_update(names, drop_path=drop_path)
+  assert all(np.isfinite(value) for value in metrics.values())
+  c = config(names, drop_path=drop_path)
+  batch = tiny.batch(c, BATCH)
+  before = start(names)
+  for name in crn.BRANCHES:
+    _, updated = tiny.model(c).branches[name].apply(
+      {'params': before.params[name], 'batch_stats': before.batch_stats[name]},
+      images.normalize(batch['reference']), images.normalize(batch['target']),
+      batch['tokens'], jnp.asarray(batch['token_mask']), train=True, modification=False,
+      auxiliary=False, mutable=['batch_stats'],
+    )  # fmt: skip
+    got, expected = state.batch_stats[name], updated["batch_stats"]
+    assert len(jax.tree.leaves(got)) == arrays
+    assert not equal(got, before.batch_stats[name])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", ["crn,resnet50", "clvc_net"])
+def test_every_parameter_of_a_resnet_is_trained(names):
+  """Gradients reach all of it; without the relations, their module alone stays as it was."""
+  state, _ = first_update(names, drop_path=None)
+  moved = jax.tree.map(
+    lambda a, b: bool((a != b.astype(np.float32)).any()), state.params, start(names).params
+  )
+  for path, value in jax.tree_util.tree_leaves_with_path(moved):
+    name = jax.tree_util.keystr(path)
+    assert value == (names != "clvc_net" or "relation" not in name), name
+
+
+@pytest.mark.slow
+def test_an_update_is_a_function_of_seed_and_step():
+  """Stochastic depth draws anew each step, and the same when a run repeats a step."""
+  step, batch = compiled_step(), tiny.batch(config(), BATCH)
+  first, metrics = step(start(), batch)
+  again, _ = step(start(), batch)
+  later, later_metrics = step(start().replace(step=jnp.int32(1)), batch)
+  assert equal(first, again)
+  assert metrics["local/total"] != later_metrics["local/total"]
+  assert metrics["global/total"] != later_metrics["global/total"]
+  assert later.step == 2
+
+
+@pytest.mark.slow
+def test_without_stochastic_depth_nothing_is_random():
+  step, batch = compiled_step(drop_path=0.0), tiny.batch(config(), BATCH)
+  first, _ = step(start(), batch)
+  later, _ = step(start().replace(step=jnp.int32(1)), batch)
+  assert equal(first.params, later.params)
+
+
+@pytest.mark.slow
+def test_bfloat16_computes_the_same_losses_roughly():
+  """bfloat16 has 8 bits: 5 % on each term, or 0.01 where a term is small."""
+  state, metrics = first_update(dtype="bfloat16")
+  _, expected = first_update(dtype="float32")
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+  for name, value in expected.items():
+    if not name.endswith("grad_norm"):
+      assert metrics[name] == pytest.approx(value, rel=0.05, abs=0.01), name
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))

@@ -1,0 +1,198 @@
+"""Checkpoints: what is kept, what is damaged, what does not fit on the disk."""
+
+import contextlib
+import resource
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from crn_jax.methods.crn import TrainState
+from crn_jax.workdir.checkpoint import Checkpoints, checksum
+
+
+def state(step: int, size: int = 50) -> TrainState:
+  """Incompressible contents, so that a checkpoint's size is known."""
+  rng = np.random.default_rng(step)
+  params = {"local": {"w": rng.normal(size=(size, 100)).astype(np.float32)}, "global": {}}
+  return TrainState(np.asarray(step, np.int32), params, {"local": {}}, {"local": ()}, {})
+
+
+def largest_file(folder):
+  return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def save_all(folder, metrics):
+  with Checkpoints(folder) as checkpoints:
+    for step, metric in enumerate(metrics, 1):
+      checkpoints.save(state(step), metric, None if metric is None else {"recall": metric})
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int):
+  """Writing more than `size` bytes to a file fails, as on a full disk."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path):
+  save_all(tmp_path, [1.0, 3.0, 2.0, None, None, None])
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [2, 5, 6]
+    assert checkpoints.best_step() == 2
+    assert checkpoints.results(2) == {"recall": 3.0}
+
+
+def test_a_later_checkpoint_must_be_strictly_better_to_be_best(tmp_path):
+  save_all(tmp_path, [1.0, 3.0, 3.0])
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.best_step() == 2
+
+
+def test_without_an_evaluation_there_is_no_best(tmp_path):
+  save_all(tmp_path, [None])
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.best_step() is None
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+  save_all(tmp_path, [None, None])
+  with Checkpoints(tmp_path) as checkpoints:
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_last(state(0)), state(2))
+
+
+def test_an_empty_folder_has_nothing_to_continue_from(tmp_path):
+  with Checkpoints(tmp_path / "new") as checkpoints:
+    assert checkpoints.restore_last(state(0)) is None
+
+
+def cut_short(path):
+  path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def change_a_byte(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+def remove(path):
+  path.unlink()
+
+
+@pytest.mark.parametrize("damage", [cut_short, change_a_byte, remove])
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(tmp_path, damage, caplog):
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [None, None])
+  damage(largest_file(folder / "2"))
+  with Checkpoints(folder) as checkpoints:
+    restored = checkpoints.restore_last(state(0))
+    jax.tree.map(np.testing.assert_array_equal, restored, state(1))
+    assert "2: damaged checkpoint" in caplog.text
+    assert "continuing from step 1" in caplog.text
+    # It is out of the way of the step that will be done again, but not lost.
+    assert (tmp_path / "damaged" / "2").is_dir()
+    checkpoints.save(state(2))
+  with Checkpoints(folder) as checkpoints:
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_last(state(0)), state(2))
+
+
+@pytest.mark.parametrize("name", ["metrics/metrics", "_CHECKPOINT_METADATA", "default/_METADATA"])
+def test_damaged_side_files_are_damage_too(tmp_path, name, caplog):
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [1.0, 2.0])
+  (folder / "2" / name).write_text("{")
+  with Checkpoints(folder) as checkpoints:
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_last(state(0)), state(1))
+    assert "damaged" in caplog.text
+
+
+def test_a_run_never_starts_anew_because_all_checkpoints_are_damaged(tmp_path):
+  save_all(tmp_path / "checkpoints", [None, None])
+  for step in "12":
+    change_a_byte(largest_file(tmp_path / "checkpoints" / step))
+  with (
+    Checkpoints(tmp_path / "checkpoints") as checkpoints,
+    pytest.raises(ValueError, match="no checkpoint can be read"),
+  ):
+    checkpoints.restore_last(state(0))
+
+
+def test_a_failed_write_keeps_the_checkpoint_before_and_says_so(tmp_path, caplog):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    checkpoints.wait()
+    with file_size_limit(10_000):
+      checkpoints.save(state(2))
+      checkpoints.wait()
+    assert "step 2 was not written" in caplog.text
+    assert "the one at step 1 is kept" in caplog.text
+    assert checkpoints.steps() == [1]
+    # What was written in part is gone, and the run goes on.
+    assert [p.name for p in tmp_path.iterdir()] == ["1"]
+    checkpoints.save(state(3))
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [1, 3]
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_last(state(0)), state(3))
+
+
+def with_free_bytes(monkeypatch, free: int):
+  usage = shutil.disk_usage("/")
+  monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free))
+
+
+def test_a_full_disk_is_not_written_to(tmp_path, caplog, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    checkpoints.wait()
+    with_free_bytes(monkeypatch, 15_000)
+    checkpoints.save(state(2))
+    assert "step 2 was not written (needs 2e-05 GB, 1.5e-05 GB are free)" in caplog.text
+    assert "the one at step 1 is kept" in caplog.text
+    with pytest.raises(OSError, match="the same command continues from step 1"):
+      checkpoints.require(2)
+    monkeypatch.undo()
+    checkpoints.save(state(3))
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_a_small_disk_is_told_of_before_the_first_step(tmp_path, caplog, monkeypatch):
+  with Checkpoints(tmp_path) as checkpoints:
+    checkpoints.check_space(state(0))
+    assert "GB are free" not in caplog.text
+    with_free_bytes(monkeypatch, 50_000)
+    checkpoints.check_space(state(0))
+    assert "checkpoints will need 8e-05 GB, 5e-05 GB are free" in caplog.text
+
+
+def test_a_failure_shows_before_the_next_checkpoint(tmp_path, caplog):
+  with Checkpoints(tmp_path) as checkpoints:
+    with file_size_limit(10_000):
+      checkpoints.save(state(1))
+      while "not written" not in caplog.text:
+        checkpoints.poll()
+    assert "there is none yet" in caplog.text
+
+
+def test_what_a_killed_process_left_half_written_is_cleaned_up(tmp_path):
+  save_all(tmp_path, [None])
+  (tmp_path / "2.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
+  with Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [1]
+    checkpoints.save(state(2))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2"]
+
+
+def test_the_checksum_sees_every_bit():
+  changed = state(1)
+  changed.params["local"]["w"][3, 4] = np.nextafter(changed.params["local"]["w"][3, 4], 1)
+  assert checksum(changed) != checksum(state(1))
