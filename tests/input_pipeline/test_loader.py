@@ -230,11 +230,13 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
 
 ABANDON = """
 import sys
-from crn_jax.input_pipeline.readers import fashioniq, loader, vocabulary
+from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline.readers import fashioniq
+from crn_jax.input_pipeline.tokenizers import words
 split = fashioniq.read(sys.argv[1], "dress").train
-words = vocabulary.Vocabulary.build(split.captions, markers="tokens", max_words=8)
+vocabulary = words.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(
-  split, words, batch_size=4, image_size=12, resize=16, augmentation="none", seed=0,
+  split, vocabulary, batch_size=4, image_size=12, resize=16, augmentation="none", seed=0,
   num_steps=1_000_000)
 next(batches)
 raise RuntimeError("training failed")
