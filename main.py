@@ -11,9 +11,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax import train
-from crn_jax.input_pipeline import prepare
-from crn_jax.reports import compare
+from crn_jax.errors import UserError
 from crn_jax.workdir.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -27,33 +25,44 @@ _WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of the runs that --mode=c
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
 )
+_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Remove the run in --workdir and train anew.")
 
 
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f"unknown arguments {argv[1:]}; options are written --name=value")
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
-  config, mode = _CONFIG.value, _MODE.value
+  try:
+    print(_run(_MODE.value))
+  except Interrupted as stop:
+    command = shlex.join([os.path.basename(sys.executable), *sys.argv])
+    print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
+    raise SystemExit(128 + stop.signal) from None
+  except (UserError, OSError) as error:
+    # What the user can mend is said in the message; a traceback would bury it.
+    raise SystemExit(f"error: {error}") from error
+
+
+def _run(mode: str) -> str:
+  # Imported here: comparing runs starts neither JAX nor TensorFlow.
+  config = _CONFIG.value
   if mode != "compare" and config is None:
     raise app.UsageError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py")
   default = "compare" if mode == "compare" else config.name
-  workdir = _WORKDIR.value or os.path.join("runs", default)
-  try:
-    if mode == "train":
-      print(train.train(config, workdir))
-    elif mode == "eval":
-      print(train.evaluate_run(config, workdir, _CHECKPOINT.value))
-    elif mode == "prepare":
-      print(prepare.prepare(config))
-    else:
-      print(compare.compare(_WORKDIRS.value, workdir))
-  except Interrupted as stop:
-    command = shlex.join(["python", *sys.argv])
-    print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
-    raise SystemExit(128 + stop.signal) from None
-  except (ValueError, OSError, FloatingPointError) as error:
-    # What the user can mend is said in the message; a traceback would bury it.
-    raise SystemExit(f"error: {error}") from error
+  workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", default))
+  if mode == "compare":
+    from crn_jax.reports import compare
+
+    return compare.compare(_WORKDIRS.value, workdir)
+  if mode == "prepare":
+    from crn_jax.input_pipeline import prepare
+
+    return prepare.prepare(config)
+  from crn_jax import train
+
+  if mode == "eval":
+    return train.evaluate_run(config, workdir, _CHECKPOINT.value)
+  return train.train(config, workdir, overwrite=_OVERWRITE.value)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from crn_jax.retrieval import ranking
+from crn_jax.retrieval import metrics, ranking
 
 _SCALE = flags.DEFINE_float("scale", 1.0, "Part of the queries to rank; times are extrapolated.")
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Measurements of each.")
@@ -74,7 +74,7 @@ def main(_):
 
   def recall():
     ranks = ranking.target_ranks(queries, gallery, target, reference, labels=captions)
-    return ranking.recall_at_k(ranks, (1, 10, 50))
+    return metrics.recall_at_k(ranks, (1, 10, 50))
 
   score_product(queries[: ranking.BLOCK_SIZE], gallery[:_WIDTH])  # Starts JAX.
   growth = peak_growth_mb(recall)

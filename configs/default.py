@@ -31,6 +31,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # For the record, with the backbone unless it is the preset's own: what they stand for is in the
   # fields below.
   config.preset = preset if backbone_name == PRESETS[preset] else f"{preset}_{backbone_name}"
+  config.method = "crn"  # How a model is trained and asked: `crn_jax/methods/registry.py`.
   config.seed = 599
   config.num_epochs = 50
   config.batch_size = 16  # Over all devices.
@@ -73,6 +74,11 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   backbone.window_size = config_dict.placeholder(int)  # 7
   backbone.drop_path_rate = config_dict.placeholder(float)  # 0.1
   backbone.width = config_dict.placeholder(int)  # ResNet only: channels after the stem, 64.
+  # What pictures are normalised with, by channel, in units of the full range, and resized with
+  # ('bilinear' or 'bicubic'); None is the named backbone's.
+  backbone.mean = config_dict.placeholder(tuple)
+  backbone.std = config_dict.placeholder(tuple)
+  backbone.interpolation = config_dict.placeholder(str)
   # Folder made by convert_torch_weights.py; '' starts from random values. Unless it is
   # set, it follows the backbone's name.
   model.pretrained = "weights/" + backbone.get_ref("name")

@@ -9,17 +9,10 @@ import numpy as np
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.registry import Dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
-from crn_jax.retrieval import ranking
+from crn_jax.reports.cases import TOP, Cases
+from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary
+from crn_jax.retrieval import metrics, ranking
 from crn_jax.retrieval.encode import Encoded, Encoder
-
-# What a protocol ranks and what it counts as a hit.
-PROTOCOLS = {
-  "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
-  "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
-  "eval_list": "the images of eval_im_names.txt; a target that is not among them is a miss",
-  "test_images": "all test images; any image with the target's caption is a hit",
-}
-QUERY_KINDS = ("composed", "image_only", "text_only")
 
 # split name -> protocol -> kind of query -> [queries] int, 0-based rank of the target.
 Ranks = dict[str, dict[str, dict[str, np.ndarray]]]
@@ -35,7 +28,7 @@ class Evaluation:
     ranks: of all targets; kinds of query other than "composed" only in the breakdown protocol.
   """
 
-  results: dict
+  results: Results
   encoded: dict[str, Encoded]
   ranks: Ranks
 
@@ -58,26 +51,54 @@ def evaluate(
     checkpoint_step: training step of the variables, for the record.
     selection: how the checkpoint was chosen, 'last' or 'best', for the record.
   """
-  config = encoder.config
+  config = encoder.method.config
   encoded = {s.name: encoder.encode(variables, s, vocabulary) for s in dataset.evals}
   ranks = {s.name: split_ranks(encoded[s.name], s, config) for s in dataset.evals}
-  results = {
-    "dataset": dataset.name,
-    "checkpoint_step": int(checkpoint_step),
-    "selection": selection,
-    "captions": caption_use(dataset.evals, config),
-    "exclude_reference": config.eval.exclude_reference,
-    "best_metric": config.eval.best_metric,
-    "breakdown_protocol": breakdown_protocol(config),
-    **summarize(dataset.evals, ranks, config),
-  }
-  if len(dataset.evals) > 1:
-    results["categories"] = {s.name: summarize([s], ranks, config) for s in dataset.evals}
-  if dataset.ceilings:
-    results["ceilings"] = dataset.ceilings
-  if dataset.skipped:
-    results["skipped"] = dataset.skipped
+  several = dataset.evals if len(dataset.evals) > 1 else ()
+  results = Results(
+    dataset=dataset.name,
+    checkpoint_step=int(checkpoint_step),
+    selection=selection,
+    captions=caption_use(dataset.evals, config),
+    exclude_reference=config.eval.exclude_reference,
+    best_metric=config.eval.best_metric,
+    breakdown_protocol=breakdown_protocol(config),
+    summary=summarize(dataset.evals, ranks, config),
+    categories={s.name: summarize([s], ranks, config) for s in several},
+    ceilings=dataset.ceilings,
+    skipped=dataset.skipped,
+  )
   return Evaluation(results, encoded, ranks)
+
+
+def cases(
+  encoder: Encoder, variables, vocabulary: Vocabulary, split: EvalSplit, evaluation: Evaluation
+) -> Cases:
+  """What is shown of a split's queries: their first images, and where the model looks.
+
+  Args:
+    encoder: compiled encoders.
+    variables: those evaluated, placed by the encoder's `parallel.replicate`.
+    vocabulary: of the run.
+    split: one that was evaluated.
+    evaluation: what was found.
+  """
+  config = encoder.method.config
+  protocol, encoded = breakdown_protocol(config), evaluation.encoded[split.name]
+  shown = Cases.choose(split, protocol, evaluation.ranks[split.name][protocol]["composed"])
+  exclude = excluded_positions(split, protocol, config)[shown.chosen]
+  gallery = gallery_vectors(encoded, split.galleries[protocol])
+  positions, scores = ranking.top_k(encoded.composed[shown.chosen], gallery, TOP, exclude)
+  top = {
+    int(query): [
+      (int(position), float(score))
+      for position, score in zip(positions[i], scores[i], strict=True)
+      if position != exclude[i]  # Of a gallery smaller than `TOP` all is returned.
+    ]
+    for i, query in enumerate(shown.chosen)
+  }
+  attention = encoder.attention(variables, split, shown.attended, vocabulary)
+  return dataclasses.replace(shown, top=top, attention=attention)
 
 
 def caption_use(splits: Sequence[EvalSplit], config: ml_collections.ConfigDict) -> str:
@@ -104,7 +125,9 @@ def split_ranks(
   }
 
 
-def summarize(splits: Sequence[EvalSplit], ranks: Ranks, config: ml_collections.ConfigDict) -> dict:
+def summarize(
+  splits: Sequence[EvalSplit], ranks: Ranks, config: ml_collections.ConfigDict
+) -> Summary:
   """Recalls in percent: by protocol, by kind of query, by kind of text.
 
   The last two are given for the protocol of eval.best_metric. Over several splits (categories)
@@ -117,42 +140,30 @@ def summarize(splits: Sequence[EvalSplit], ranks: Ranks, config: ml_collections.
   """
   chosen = breakdown_protocol(config)
 
-  def recalls(rows):
-    return _recalls(list(rows), config.eval.recall_at)
+  def recalls(rows, **counts):
+    return _recalls(list(rows), config.eval.recall_at, counts)
 
-  results = {
-    "n_queries": sum(len(s.queries) for s in splits),
-    "protocols": {
-      protocol: {
-        "gallery": sum(len(s.galleries[protocol]) for s in splits),
-        **recalls(ranks[s.name][protocol]["composed"] for s in splits),
-      }
-      for protocol in splits[0].galleries
-    },
-    "by_query": {k: recalls(ranks[s.name][chosen][k] for s in splits) for k in QUERY_KINDS},
-  }
+  by_text_kind = None
   if all(s.queries.kinds for s in splits):
-    results["by_text_kind"] = {}
+    by_text_kind = {}
     for kind in sorted({kind for s in splits for kind in s.queries.kinds}):
       rows = [
         ranks[s.name][chosen]["composed"][np.asarray(s.queries.kinds) == kind] for s in splits
       ]
       rows = [r for r in rows if len(r)]
-      results["by_text_kind"][kind] = {"n_queries": sum(map(len, rows)), **recalls(rows)}
-  return results
-
-
-def gallery_positions(gallery: np.ndarray, rows: np.ndarray, n_images: int) -> np.ndarray:
-  """Position in the gallery of each image row, -1 where it is absent.
-
-  Args:
-    gallery: [g] image rows in gallery order.
-    rows: [n] image rows.
-    n_images: number of images of the split.
-  """
-  position = np.full(n_images, -1)
-  position[gallery] = np.arange(len(gallery))
-  return position[rows]
+      by_text_kind[kind] = recalls(rows, n_queries=sum(map(len, rows)))
+  return Summary(
+    n_queries=sum(len(s.queries) for s in splits),
+    protocols={
+      protocol: recalls(
+        (ranks[s.name][protocol]["composed"] for s in splits),
+        gallery=sum(len(s.galleries[protocol]) for s in splits),
+      )
+      for protocol in splits[0].galleries
+    },
+    by_query={k: recalls(ranks[s.name][chosen][k] for s in splits) for k in QUERY_KINDS},
+    by_text_kind=by_text_kind,
+  )
 
 
 def gallery_vectors(encoded: Encoded, gallery: np.ndarray) -> np.ndarray:
@@ -167,9 +178,7 @@ def excluded_positions(
   """[queries] gallery position that a query does not rank (its own reference), or -1."""
   if not config.eval.exclude_reference:
     return np.full(len(split.queries), -1)
-  return gallery_positions(
-    split.galleries[protocol], split.queries.reference, len(split.image_paths)
-  )
+  return split.reference_positions(protocol)
 
 
 def query_ranks(
@@ -181,55 +190,13 @@ def query_ranks(
 ) -> np.ndarray:
   """[queries] int, 0-based rank of each query's target in a protocol's gallery."""
   gallery = split.galleries[protocol]
-  exclude = excluded_positions(split, protocol, config)
   return ranking.target_ranks(
     queries,
     gallery_vectors(encoded, gallery),
-    target_labels(split),
-    exclude,
-    labels=image_labels(split)[gallery],
+    split.target_labels,
+    excluded_positions(split, protocol, config),
+    labels=split.labels[gallery],
   )
-
-
-def image_labels(split: EvalSplit) -> np.ndarray:
-  """[n images] int; images of one label are the same target."""
-  return np.arange(len(split.image_paths)) if split.groups is None else split.groups
-
-
-def target_labels(split: EvalSplit) -> np.ndarray:
-  """[queries] int, label of every query's target."""
-  return image_labels(split)[split.queries.target]
-
-
-def best_metric(results: dict) -> float:
-  """The value that chooses the best checkpoint, e.g. 'val_split/R@10'.
-
-  Raises:
-    ValueError: if eval.best_metric names nothing that was measured.
-  """
-  protocol, _, metric = results["best_metric"].partition("/")
-  try:
-    return results["protocols"][protocol][metric]
-  except KeyError:
-    known = [f"{p}/{m}" for p, v in results["protocols"].items() for m in metric_names(v)]
-    raise ValueError(
-      f"eval.best_metric = {results['best_metric']!r} is not measured; choose one of {known}"
-    ) from None
-
-
-def metric_names(recalls: dict) -> list[str]:
-  """Names of the recalls in a part of the results, e.g. ['R@1', 'R@10']."""
-  return [name for name in recalls if name.startswith("R@")]
-
-
-def describe_selection(results: dict) -> str:
-  """How the evaluated checkpoint was chosen, in words."""
-  step, chosen = results["checkpoint_step"], f"by {results['best_metric']} on these queries"
-  if results["selection"] == "best":
-    also = ", which is the last one, too" if "also" in results else ""
-    return f"best checkpoint (step {step}), chosen {chosen}{also}"
-  also = f", which is the best {chosen}, too" if "also" in results else ""
-  return f"last checkpoint (step {step}){also}"
 
 
 def breakdown_protocol(config: ml_collections.ConfigDict) -> str:
@@ -237,8 +204,11 @@ def breakdown_protocol(config: ml_collections.ConfigDict) -> str:
   return config.eval.best_metric.partition("/")[0]
 
 
-def _recalls(ranks: list[np.ndarray], ks: Sequence[int]) -> dict:
-  """Means over splits: {"R@1": percent, ..., "intervals": {"R@1": [low, high], ...}}."""
-  each = [ranking.recall_at_k(r, ks) for r in ranks]
-  recalls = {f"R@{k}": float(np.mean([e[k] for e in each])) for k in ks}
-  return {**recalls, "intervals": {f"R@{k}": list(ranking.recall_interval(ranks, k)) for k in ks}}
+def _recalls(ranks: list[np.ndarray], ks: Sequence[int], counts: dict[str, int]) -> Recalls:
+  """Means over splits."""
+  each = [metrics.recall_at_k(r, ks) for r in ranks]
+  return Recalls(
+    {f"R@{k}": float(np.mean([e[k] for e in each])) for k in ks},
+    {f"R@{k}": metrics.recall_interval(ranks, k) for k in ks},
+    counts,
+  )

@@ -14,6 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crn_jax.errors import UserError
+
 # Name of the axis that per-device code reduces and gathers over.
 AXIS = "data"
 
@@ -37,16 +39,16 @@ class DataParallel:
     """Over the given devices (default: all of all processes).
 
     Raises:
-      ValueError: on an unknown mode.
+      UserError: on an unknown mode.
     """
     if mode not in ("shard_map", "pmap"):
-      raise ValueError(f"parallel.mode must be 'shard_map' or 'pmap', not {mode!r}")
+      raise UserError(f"parallel.mode must be 'shard_map' or 'pmap', not {mode!r}")
     return cls(mode, tuple(devices if devices is not None else jax.devices()))
 
   def check_batch_size(self, batch_size: int, name: str) -> None:
-    """Raises ValueError if a global batch cannot be split evenly over the devices."""
+    """Raises UserError if a global batch cannot be split evenly over the devices."""
     if batch_size % len(self.devices):
-      raise ValueError(
+      raise UserError(
         f"{name} = {batch_size} must be a multiple of the number of devices, {len(self.devices)}"
       )
 

@@ -1,124 +1,278 @@
-"""The training loop: data, update, logs, checkpoints, evaluation."""
+"""The training loop, for any method: data, update, logs, checkpoints, evaluation."""
 
 import dataclasses
 import os
 import pathlib
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
+import optax
 
-from crn_jax import evaluate
+from crn_jax import evaluate, state
+from crn_jax.errors import UserError
+from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.checks import missing
-from crn_jax.input_pipeline.registry import open_dataset
+from crn_jax.input_pipeline.registry import Dataset, open_dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
-from crn_jax.methods import optimizer
-from crn_jax.methods.crn import TrainState, make_train_step
-from crn_jax.models import crn
-from crn_jax.models.backbones import registry
+from crn_jax.methods import optimizer, registry
+from crn_jax.methods.base import Method, TrainState
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.reports import report, tables
+from crn_jax.reports.results import Results
 from crn_jax.retrieval.encode import Encoder
-from crn_jax.workdir import checkpoint, logs, run, weights
+from crn_jax.workdir import checkpoint, logs, run
+from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 from crn_jax.workdir.interrupt import Interrupted, Interruption
+from crn_jax.workdir.lock import lock
 from crn_jax.workdir.progress import Progress
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> str:
+def train(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, overwrite: bool = False
+) -> str:
   """Trains in `workdir`, continuing from its last checkpoint if there is one, and evaluates.
 
   Args:
     config: see `configs/default.py`.
     workdir: gets what `docs/runs.md` lists.
+    overwrite: whether a run that is there is removed first.
 
   Returns:
     The results of the final parameters and the paths written, for people to read.
 
   Raises:
-    ValueError, FileNotFoundError: on a bad configuration or bad data, before the first step.
-    FloatingPointError: if a loss is not finite.
-    OSError: if the last checkpoint could not be written.
+    UserError: on a bad configuration or bad data, before anything is written; if a loss is not
+      finite, the device's memory too small, or the last checkpoint could not be written.
     Interrupted: after SIGINT or SIGTERM, with the state saved.
   """
   workdir = pathlib.Path(workdir)
-  parallel = DataParallel.create(config.parallel.mode)
-  parallel.check_batch_size(config.batch_size, "batch_size")
-  registry.create(config.model.backbone)  # Before data are read, for its errors.
-  run.check_config(config, workdir, run.free_fields(config))
-  resumes = checkpoint.exists(workdir / "checkpoints")
-  if not resumes:
-    weights.check_pretrained(config)
-  dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
-  run.check_data(dataset, workdir)
-  if resumes:  # A converted model has other words than the data.
-    vocabulary = Vocabulary.load(workdir / "vocab.json")
-  else:
-    vocabulary = Vocabulary.build(
-      dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
-    )
-  plan = Plan.create(config, len(dataset.train.triplets))
-  model = crn.build(config.model, len(vocabulary), AXIS)
-  tx = optimizer.create(config, plan.steps_per_epoch, plan.total_steps)
-  encoder = Encoder.create(model, config, parallel)
-  averaged = config.optimizer.ema_decay > 0
-  variables = weights.initial_variables(model, config, pretrained=not resumes)
-  state = TrainState.create(variables, tx, averaged=averaged)
-  print(
-    f"{dataset.name}: {len(dataset.train.triplets)} triplets of {len(dataset.train.image_paths)} "
-    f"images, {len(vocabulary)} words\n"
-    f"{config.preset}: {sum(x.size for x in jax.tree.leaves(state.params)):,} parameters; "
-    f"{config.num_epochs} epochs of {plan.steps_per_epoch} steps; "
-    f"{parallel.mode} on {len(parallel.devices)} x {parallel.devices[0].device_kind}\n"
-    f"work directory {workdir}\n"
-    f"initial values: {_origin(config, workdir, resumes)}"
-  )
-  if dataset.skipped:
-    print(missing.describe_skipped(dataset.skipped))
+  training = Training.prepare(config, workdir, overwrite=overwrite)
+  print(training.describe())
   workdir.mkdir(parents=True, exist_ok=True)
-  run.save_config(config, workdir)
-  run.save_data(dataset, workdir)
-  vocabulary.save(workdir / "vocab.json")
-  train_step = parallel.map(
-    make_train_step(model, tx, config, AXIS), (REPLICATED, REPLICATED), donate_first=True
-  )
+  with lock(workdir):
+    if overwrite:
+      run.remove(workdir)
+    training.save_facts()
+    try:
+      return training.run()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise UserError(
+        f"out of memory on {training.parallel.devices[0].device_kind}: "
+        f"{str(error).splitlines()[0]}\nA lower batch_size or data.image_size, "
+        f"model.dtype=bfloat16 or a smaller backbone needs less; as long as {workdir} holds no "
+        f"checkpoint any of them may be changed there"
+      ) from error
 
-  def evaluate_state(state, step):
-    return _evaluate(encoder, state, dataset, vocabulary, step, "last")
 
-  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
-    if (restored := checkpoints.restore_last(state)) is not None:
-      state = restored
-      print(f"continuing from the checkpoint at step {int(state.step)}")
-    checkpoints.check_space(state)
-    start = int(state.step)
-    state = parallel.replicate(state)
-    if start == plan.total_steps:  # The run was complete already.
-      evaluation = evaluate_state(state, start)
+@dataclasses.dataclass(frozen=True)
+class Training:
+  """What a training works with, from its first to its last step.
+
+  Attributes:
+    config: the whole configuration.
+    workdir: folder of the run.
+    resumes: whether it continues from a checkpoint.
+    parallel: layout over devices.
+    dataset, vocabulary: what it trains on.
+    method, tx, encoder: what is trained, by which optimizer, and how it is evaluated.
+    plan: what is due at which step.
+  """
+
+  config: ml_collections.ConfigDict
+  workdir: pathlib.Path
+  resumes: bool
+  parallel: DataParallel
+  dataset: Dataset
+  vocabulary: Vocabulary
+  method: Method
+  tx: optax.GradientTransformation
+  encoder: Encoder
+  plan: "Plan"
+
+  @classmethod
+  def prepare(
+    cls, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
+  ) -> "Training":
+    """Checks everything that can be checked before the first step; writes nothing.
+
+    Raises:
+      UserError: see `train`.
+    """
+    run.check_folder(workdir)
+    parallel = DataParallel.create(config.parallel.mode)
+    parallel.check_batch_size(config.batch_size, "batch_size")
+    resumes = bool(checkpoint.steps(workdir / "checkpoints")) and not overwrite
+    if resumes:
+      run.check_config(config, workdir, run.free_fields(config))
     else:
-      batches = _train_batches(config, dataset, vocabulary, parallel, start, plan.total_steps)
-      state, evaluation = _run_steps(
-        config, plan, workdir, state, start, batches, train_step, evaluate_state, checkpoints,
-        parallel,
-      )  # fmt: skip
-    checkpoints.require(plan.total_steps)
+      state.check_pretrained(config)
+    registry.create(config, vocab_size=1)  # Before data are read, for its errors.
+    dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
+    if resumes:  # A converted model has other words than the data.
+      run.check_data(dataset.fingerprint, workdir)
+      vocabulary = Vocabulary.load(workdir / "vocab.json")
+    else:
+      vocabulary = Vocabulary.build(
+        dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+      )
+    plan = Plan.create(config, len(dataset.train.triplets))
+    method = registry.create(config, len(vocabulary), AXIS)
+    tx = method.optimizer(plan.steps_per_epoch, plan.total_steps)
+    encoder = Encoder.create(method, parallel)
+    return cls(
+      config, workdir, resumes, parallel, dataset, vocabulary, method, tx, encoder, plan
+    )  # fmt: skip
+
+  def describe(self) -> str:
+    """What is about to be done, for people to read."""
+    train = self.dataset.train
+    n_params = sum(x.size for x in jax.tree.leaves(state.abstract(self.method).params))
+    lines = [
+      f"{self.dataset.name}: {len(train.triplets)} triplets of {len(train.image_paths)} images, "
+      f"{len(self.vocabulary)} words",
+      f"{self.config.preset}: {n_params:,} parameters; {self.config.num_epochs} epochs of "
+      f"{self.plan.steps_per_epoch} steps; {self.parallel.mode} on {len(self.parallel.devices)} x "
+      f"{self.parallel.devices[0].device_kind}",
+      f"work directory {self.workdir}",
+      f"initial values: {self._origin()}",
+    ]
+    if self.dataset.skipped:
+      lines.append(missing.describe_skipped(self.dataset.skipped))
+    return "\n".join(lines)
+
+  def save_facts(self) -> None:
+    """Writes what the folder says about the run."""
+    run.save_config(self.config, self.workdir)
+    run.save_data(
+      self.workdir,
+      fingerprint=self.dataset.fingerprint,
+      image_digest=self.dataset.image_digest,
+    )
+    self.vocabulary.save(self.workdir / "vocab.json")
+
+  def run(self) -> str:
+    """Trains to the last step, evaluates and draws; see `train`."""
+    with Checkpoints(self.workdir / "checkpoints") as checkpoints:
+      start_state = self._start_state(checkpoints)
+      start = int(start_state.step)
+      placed = self.parallel.replicate(start_state)
+      del start_state
+      if start == self.plan.total_steps:  # The run was complete already.
+        evaluation = self._evaluate(placed, start)
+      else:
+        placed, evaluation = self._steps(placed, start, checkpoints)
+      checkpoints.require(self.plan.total_steps)
+      results = self._with_best(evaluation.results, checkpoints)
+    evaluation = dataclasses.replace(evaluation, results=results)
+    shown = conclude(
+      self.encoder, placed.eval_variables(), self.vocabulary, self.workdir, self.dataset, evaluation
+    )
+    with logs.Log(self.workdir, self.plan.total_steps) as log:
+      log.pictures(self.plan.total_steps, sorted((self.workdir / "pictures").glob("*.png")))
+    return shown
+
+  def _start_state(self, checkpoints: Checkpoints) -> TrainState:
+    if self.resumes:
+      restored = checkpoints.restore_last(state.abstract(self.method))
+      print(f"continuing from the checkpoint at step {int(restored.step)}")
+      if restored.step > self.plan.total_steps:
+        raise UserError(
+          f"num_epochs = {self.config.num_epochs} end at step {self.plan.total_steps}; the run in "
+          f"{self.workdir} is at step {int(restored.step)} already. Ask for more, or evaluate it "
+          f"with --mode=eval"
+        )
+      return restored
+    initial = state.initial(self.method, self.tx)
+    checkpoints.check_space(initial)
+    return initial
+
+  def _steps(
+    self, placed: TrainState, start: int, checkpoints: Checkpoints
+  ) -> tuple[TrainState, Evaluation]:
+    """Steps start + 1 to the last: last state and evaluation."""
+    plan, config = self.plan, self.config
+    schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
+    train_step = self._compiled_step()
+    batches = self._batches(start)
+    with (
+      logs.Log(self.workdir, start) as log,
+      Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
+      Interruption() as interruption,
+    ):
+      for step in range(start + 1, plan.total_steps + 1):
+        placed, metrics = train_step(placed, next(batches))
+        progress.stepped(metrics)
+        signal = interruption.signal  # Once: it may come at any moment.
+        epoch = step / plan.steps_per_epoch
+        if plan.logs(step) or signal:
+          values = progress.read(self.parallel, checkpoints.steps())
+          values["learning_rate"] = float(schedule(step - 1))
+          log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
+          checkpoints.poll()
+        evaluation, metric, results = None, None, None
+        if plan.evaluates(step):
+          evaluation = self._evaluate(placed, step)
+          metric, results = evaluation.results.best_value, evaluation.results.to_json()
+          log.scalars(step, epoch, evaluation.results.scalars())
+          progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
+        if plan.saves(step) or signal:
+          checkpoints.save(self.parallel.fetch(placed), metric, results)
+        if signal and step < plan.total_steps:
+          checkpoints.require(step)
+          raise Interrupted(step, signal)
+    return placed, evaluation
+
+  def _compiled_step(self) -> Callable:
+    def step(train_state, batch):
+      return self.method.train_step(self.tx, train_state, batch)
+
+    return self.parallel.map(step, (REPLICATED, REPLICATED), donate_first=True)
+
+  def _batches(self, start: int) -> Iterator:
+    """Device batches of steps start .. total_steps - 1."""
+    data = self.config.data
+    batches = loader.train_batches(
+      self.dataset.train,
+      self.vocabulary,
+      batch_size=self.config.batch_size,
+      image_size=data.image_size,
+      resize=data.resize,
+      augmentation=data.augment,
+      seed=self.config.seed,
+      start_step=start,
+      num_steps=self.plan.total_steps,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+      cache_images=data.cache_images,
+    )
+    return loader.prefetch_to_device(batches, self.parallel.shard)
+
+  def _evaluate(self, placed: TrainState, step: int) -> Evaluation:
+    return evaluate.evaluate(
+      self.encoder, placed.eval_variables(), self.dataset, self.vocabulary, step, "last"
+    )
+
+  def _with_best(self, results: Results, checkpoints: Checkpoints) -> Results:
+    """The results of the last checkpoint with those of the best one beside them."""
     best = checkpoints.best_step()
-    if best == plan.total_steps:
-      evaluation.results["also"] = "best"
-    elif best is not None:
-      evaluation.results["beside"] = [checkpoints.results(best) | {"selection": "best"}]
-  shown = _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
-  with logs.Log(workdir, plan.total_steps) as log:
-    log.pictures(plan.total_steps, sorted((workdir / "pictures").glob("*.png")))
-  return shown
+    if best is None:
+      return results
+    if best == self.plan.total_steps:
+      return dataclasses.replace(results, also="best")
+    beside = dataclasses.replace(Results.from_json(checkpoints.results(best)), selection="best")
+    return dataclasses.replace(results, beside=(beside,))
 
-
-def _origin(config: ml_collections.ConfigDict, workdir: pathlib.Path, resumes: bool) -> str:
-  """Where the parameters come from; the order is that of docs/weights.md."""
-  if resumes:
-    return f"the last checkpoint in {workdir / 'checkpoints'}"
-  if config.model.pretrained:
-    return f"both backbones from {config.model.pretrained} (model.pretrained), the rest random"
-  return "random"
+  def _origin(self) -> str:
+    """Where the parameters come from; the order is that of docs/weights.md."""
+    if self.resumes:
+      return f"the last checkpoint in {self.workdir / 'checkpoints'}"
+    if self.config.model.pretrained:
+      return f"backbones from {self.config.model.pretrained} (model.pretrained), the rest random"
+    return "random"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,46 +307,13 @@ class Plan:
     return self.saves(step) or step % self.log_every == 0
 
 
-def _run_steps(
-  config, plan: Plan, workdir, state, start: int, batches, train_step, evaluate_state, checkpoints,
-  parallel,
-) -> tuple[TrainState, evaluate.Evaluation]:  # fmt: skip
-  """Steps start + 1 to the last: last state and evaluation. See `train` for what it raises."""
-  schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-  with (
-    logs.Log(workdir, start) as log,
-    Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
-    Interruption() as interruption,
-  ):
-    for step in range(start + 1, plan.total_steps + 1):
-      state, metrics = train_step(state, next(batches))
-      progress.stepped(metrics)
-      signal = interruption.signal  # Once: it may come at any moment.
-      epoch = step / plan.steps_per_epoch
-      if plan.logs(step) or signal:
-        values = progress.read(parallel)
-        values["learning_rate"] = float(schedule(step - 1))
-        log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
-        checkpoints.poll()
-      evaluation, metric, results = None, None, None
-      if plan.evaluates(step):
-        evaluation = evaluate_state(state, step)
-        results, metric = evaluation.results, evaluate.best_metric(evaluation.results)
-        log.scalars(step, epoch, recall_scalars(results))
-        progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-      if plan.saves(step) or signal:
-        checkpoints.save(parallel.fetch(state), metric, results)
-      if signal and step < plan.total_steps:
-        checkpoints.require(step)
-        raise Interrupted(step, signal)
-  return state, evaluation
-
-
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
   """Evaluates a trained run; nothing is rebuilt from the training data.
 
+  A training may go on in the folder meanwhile.
+
   Args:
-    config: of the run; the fields in `run.FREE_FIELDS` and the `eval` part may differ.
+    config: of the run; the fields in `run.FREE_FIELDS` may differ.
     workdir: of the run.
     which: 'best' or 'last' checkpoint.
 
@@ -200,33 +321,23 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     The results and the paths written, for people to read.
 
   Raises:
-    FileNotFoundError: if `workdir` holds no trained run.
-    ValueError: if the configuration is not the run's.
+    UserError: if `workdir` holds no trained run, or the configuration is not the run's.
   """
   workdir = pathlib.Path(workdir)
-  for name in ("config.json", "vocab.json", "checkpoints"):
-    if not (workdir / name).exists():
-      raise FileNotFoundError(
-        f"{workdir / name}: not found, so {workdir} holds no trained run. Name the folder of a run "
-        f"with --workdir, or train one with --mode=train"
-      )
-  run.check_config(config, workdir, free=(*run.FREE_FIELDS, "eval"))
+  run.check_trained(workdir)
+  run.check_config(config, workdir, free=run.FREE_FIELDS)
   parallel = DataParallel.create(config.parallel.mode)
   vocabulary = Vocabulary.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
-  model = crn.build(config.model, len(vocabulary), AXIS)
-  encoder = Encoder.create(model, config, parallel)
-
-  def like():
-    variables = model.init(jax.random.key(0), config.data.image_size, config.data.max_words)
-    averaged = config.optimizer.ema_decay > 0
-    return TrainState.create(variables, optimizer.create(config, 1, 1), averaged=averaged)
-
+  method = registry.create(config, len(vocabulary), AXIS)
+  encoder = Encoder.create(method, parallel)
+  like = state.abstract(method)
+  params = "average" if like.average else "params"
   evaluations = {}
-  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+  with CheckpointReader(workdir / "checkpoints") as checkpoints:
     steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
     if steps[which] is None:
-      raise FileNotFoundError(
+      raise UserError(
         f"{workdir / 'checkpoints'}: holds no {which} checkpoint; the best is chosen among those "
         f"that were evaluated in training"
       )
@@ -235,51 +346,30 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     for name in sorted(steps, key=lambda name: name == which):
       step = steps[name]
       if name == which or step not in (None, steps[which]):
-        state = parallel.replicate(checkpoints.restore(step, jax.eval_shape(like)))
-        evaluations[name] = _evaluate(encoder, state, dataset, vocabulary, step, name)
+        fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
+        variables = parallel.replicate(
+          {"params": fields[params], "batch_stats": fields["batch_stats"]}
+        )
+        evaluations[name] = evaluate.evaluate(
+          encoder, variables, dataset, vocabulary, step, name
+        )  # fmt: skip
   evaluation = evaluations.pop(which)
-  if steps["best"] == steps["last"]:
-    evaluation.results["also"] = "best" if which == "last" else "last"
-  if evaluations:
-    evaluation.results["beside"] = [other.results for other in evaluations.values()]
-  return _conclude(encoder, state, vocabulary, workdir, dataset, evaluation)
-
-
-def recall_scalars(results: dict) -> dict[str, float]:
-  """Recalls as TensorBoard scalars, e.g. 'eval/val_split/R@10'."""
-  return {
-    f"eval/{protocol}/{metric}": value
-    for protocol, recalls in results["protocols"].items()
-    for metric, value in recalls.items()
-    if metric.startswith("R@")
-  }
-
-
-def _train_batches(config, dataset, vocabulary, parallel, start: int, total_steps: int):
-  """Device batches of steps start .. total_steps - 1."""
-  data = config.data
-  batches = loader.train_batches(
-    dataset.train,
-    vocabulary,
-    batch_size=config.batch_size,
-    image_size=data.image_size,
-    resize=data.resize,
-    augmentation=data.augment,
-    seed=config.seed,
-    start_step=start,
-    num_steps=total_steps,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    cache_images=data.cache_images,
+  results = dataclasses.replace(
+    evaluation.results,
+    also=({"best", "last"} - {which}).pop() if steps["best"] == steps["last"] else None,
+    beside=tuple(other.results for other in evaluations.values()),
   )
-  return loader.prefetch_to_device(batches, parallel.shard)
+  evaluation = dataclasses.replace(evaluation, results=results)
+  return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
 
 
-def _evaluate(encoder, state, dataset, vocabulary, step: int, which: str = "last"):
-  return evaluate.evaluate(encoder, state.eval_variables(), dataset, vocabulary, step, which)
-
-
-def _conclude(encoder, state, vocabulary, workdir, dataset, evaluation) -> str:
-  written = report.write(encoder, state.eval_variables(), vocabulary, workdir, dataset, evaluation)
-  shown = tables.results_as_text(evaluation.results)
-  return "\n".join([shown, "", "written:", *(f"  {p}" for p in written)])
+def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:
+  """Writes the report of an evaluation; the results and the paths written, for people to read."""
+  shown = [
+    evaluate.cases(encoder, variables, vocabulary, split, evaluation) for split in dataset.evals
+  ]
+  results, config = evaluation.results, encoder.method.config
+  written = report.write(config, workdir, results, evaluation.ranks, shown, vocabulary)
+  return "\n".join(
+    [tables.results_as_text(results), "", "written:", *(f"  {path}" for path in written)]
+  )

@@ -10,6 +10,8 @@ from crn_jax import evaluate
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
 from crn_jax.input_pipeline.registry import Dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.methods.crn import CRN
+from crn_jax.reports.cases import Cases
 from crn_jax.retrieval.encode import Encoded
 
 CAPTIONS = (("is blue", "has <b>long</b> sleeves"), ("is red",))
@@ -60,7 +62,7 @@ class Encoder:
   """Stands for `encode.Encoder`: vectors of a query near its target for half of the queries."""
 
   def __init__(self, c):
-    self.config = c
+    self.method = CRN(c, vocab_size=2)
 
   def encode(self, variables, split, vocabulary) -> Encoded:
     del variables, vocabulary
@@ -75,7 +77,7 @@ class Encoder:
 
   def attention(self, variables, split, queries, vocabulary) -> dict[str, np.ndarray]:
     del variables, split
-    grid = (4, 4) if self.config.model.keep_map else (1, 1)
+    grid = (4, 4) if self.method.config.model.keep_map else (1, 1)
     rng = np.random.default_rng(2)
     weights = rng.random((len(queries), vocabulary.max_words, *grid)).astype(np.float32)
     by_position = weights / weights.sum(axis=(2, 3), keepdims=True)
@@ -84,3 +86,7 @@ class Encoder:
 
 def evaluation(c, data: Dataset, step: int = 7, selection: str = "last") -> evaluate.Evaluation:
   return evaluate.evaluate(Encoder(c), None, data, vocabulary(c), step, selection)
+
+
+def cases(c, data: Dataset, found: evaluate.Evaluation) -> list[Cases]:
+  return [evaluate.cases(Encoder(c), None, vocabulary(c), s, found) for s in data.evals]

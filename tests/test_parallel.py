@@ -4,6 +4,8 @@ Bound: 1e-5 of the largest value of each array, in float32. Sums over the batch 
 order on other device counts, which is all that may differ. Stochastic depth is on.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,7 @@ import optax
 import pytest
 
 from crn_jax import parallel
-from crn_jax.methods import crn as train_step
-from crn_jax.methods import optimizer
+from crn_jax.methods.base import TrainState
 from tests import release
 from tests import tiny_model as tiny
 
@@ -51,7 +52,7 @@ def one_update(config, mode: str, devices: int, tx=TX):
   """State and metrics after a training step, on the host."""
   dp = data_parallel(mode, devices)
   step = dp.map(
-    train_step.make_train_step(tiny.model(config, parallel.AXIS), tx, config, parallel.AXIS),
+    functools.partial(tiny.model(config, parallel.AXIS).train_step, tx),
     outputs=(parallel.REPLICATED, parallel.REPLICATED),
     donate_first=True,
   )
@@ -62,13 +63,13 @@ def one_update(config, mode: str, devices: int, tx=TX):
 
 def reference(config, tx=TX):
   """The same update without any mapped axis."""
-  step = jax.jit(train_step.make_train_step(tiny.model(config), tx, config, None))
+  step = jax.jit(functools.partial(tiny.model(config).train_step, tx))
   return jax.tree.map(np.asarray, step(start(config, tx), tiny.batch(config, BATCH)))
 
 
 def start(config, tx):
   variables = jax.tree.map(lambda x: x.astype(config.model.dtype), tiny.variables(config))
-  return train_step.TrainState.create(variables, tx)
+  return TrainState.create(variables, tx)
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_in_float64_an_update_with_adam_does_not_depend_on_the_devices():
   """1e-9: no rounding hides a difference here, and Adam magnifies what there is."""
   config = make_config("alternating", "float64")
   config.optimizer.learning_rate = 0.1
-  tx = optimizer.create(config, steps_per_epoch=1, total_steps=1)
+  tx = tiny.model(config).optimizer(steps_per_epoch=1, total_steps=1)
   with release.double_precision():
     expected_state, expected_metrics = reference(config, tx)
     state, metrics = one_update(config, "shard_map", 8, tx)

@@ -6,6 +6,7 @@ import shutil
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -13,6 +14,7 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 from crn_jax import train
+from crn_jax.errors import UserError
 from crn_jax.parallel import DataParallel
 from crn_jax.workdir import checkpoint, history
 from crn_jax.workdir.interrupt import Interrupted
@@ -25,6 +27,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
   return tiny.draw(tmp_path_factory.mktemp("drawn"))
+
+
+def configured(root):
+  """Records every step: records of several hold means, which depend on where a run was stopped."""
+  config = tiny.config(root)
+  config.log_every_steps = 1
+  return config
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +50,7 @@ def finished(quick_compile, root, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run") / "a"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(DataParallel, "map", recording)
-    shown = train.train(tiny.config(root), workdir)
+    shown = train.train(configured(root), workdir)
   return workdir, compiled, shown
 
 
@@ -92,8 +101,8 @@ def test_a_run_that_was_stopped_ends_with_the_same_state(finished, root, tmp_pat
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(Progress, "stepped", signal_at(step, Progress.stepped))
     with pytest.raises(Interrupted, match=f"stopped at step {step} by SIGTERM"):
-      train.train(tiny.config(root), stopped)
-  train.train(tiny.config(root), stopped)
+      train.train(configured(root), stopped)
+  train.train(configured(root), stopped)
   states = [
     ocp.StandardCheckpointer().restore(folder / "checkpoints" / "4" / "default")
     for folder in (workdir, stopped)
@@ -126,14 +135,14 @@ def last_losses(workdir) -> dict:
 def test_a_run_records_its_losses_and_recalls(finished):
   workdir, _, _ = finished
   records = history.read_records(workdir / "metrics.jsonl")
-  assert [record["step"] for record in records] == [2, 2, 4, 4]
+  assert [record["step"] for record in records] == [1, 2, 2, 3, 4, 4]
   terms = ("classification", "cross_branch", "mutual_kl", "modification", "auxiliary", "total")
   for branch in ("local", "global"):
     assert {f"train/{branch}/{t}" for t in (*terms, "logit_scale", "grad_norm")} <= set(records[0])
   assert "train/local/perceptual" in records[0]
   for name in ("learning_rate", "examples_per_second", "peak_memory_gib"):
-    assert records[0][f"train/{name}"] > 0
-  assert {"eval/val_split/R@10", "eval/original_split/R@10"} <= set(records[1])
+    assert records[1][f"train/{name}"] > 0
+  assert {"eval/val_split/R@10", "eval/original_split/R@10"} <= set(records[2])
 
 
 def test_tensorboard_shows_what_was_recorded_and_the_pictures(finished):
@@ -176,14 +185,14 @@ def test_a_run_is_not_overwritten_by_another_configuration(finished, root):
 
 
 def test_evaluating_a_folder_without_a_run_says_so(root, tmp_path):
-  with pytest.raises(FileNotFoundError, match="holds no trained run"):
+  with pytest.raises(UserError, match="holds no trained run"):
     train.evaluate_run(tiny.config(root), tmp_path, "best")
 
 
 def test_missing_pretrained_weights_stop_before_training(root, tmp_path):
   config = tiny.config(root)
   config.model.pretrained = str(tmp_path / "none.safetensors")
-  with pytest.raises(FileNotFoundError, match="convert_torch_weights.py"):
+  with pytest.raises(UserError, match="convert_torch_weights.py"):
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 
@@ -194,7 +203,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(root, tmp_path):
   config.update_mode = "simultaneous"
   config.optimizer.learning_rate = 1e30
   config.checkpoint_every_steps = 1
-  with pytest.raises(FloatingPointError, match=r"step 2: (local|global)/\w+.* not finite"):
+  with pytest.raises(UserError, match=r"step 2: (local|global)/\w+.* not finite"):
     train.train(config, tmp_path / "run")
   with checkpoint.Checkpoints(tmp_path / "run" / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [1]
@@ -204,9 +213,9 @@ def test_the_first_step_that_is_not_finite_is_named():
   config = tiny.config("unused")
   with Progress(config, 10, 20, 2) as progress:
     for total in (1.0, np.nan, np.nan):
-      progress.stepped({"local/total": np.float32(total), "global/total": np.float32(1)})
-    with pytest.raises(FloatingPointError, match="step 12: local/total not finite"):
-      progress.read(DataParallel.create("shard_map"))
+      progress.stepped({"local/total": jnp.float32(total), "global/total": jnp.float32(1)})
+    with pytest.raises(UserError, match="step 12: local/total not finite"):
+      progress.read(DataParallel.create("shard_map"), [10])
 
 
 def test_averaged_parameters_are_what_is_evaluated(root, tmp_path):

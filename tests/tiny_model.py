@@ -5,8 +5,8 @@ import jax
 import numpy as np
 
 from configs import default
-from crn_jax.methods import crn as train_step
-from crn_jax.models import crn
+from crn_jax.methods.base import TrainState
+from crn_jax.methods.crn import CRN
 
 VOCAB_SIZE = 20
 
@@ -44,12 +44,12 @@ def batch(c, size: int, seed: int = 0) -> dict:
   }
 
 
-def model(c, axis_name: str | None = None) -> crn.CRN:
-  return crn.build(c.model, VOCAB_SIZE, axis_name)
+def model(c, axis_name: str | None = None) -> CRN:
+  return CRN(c, VOCAB_SIZE, axis_name)
 
 
 def _init(c):
-  return lambda: model(c).init(jax.random.key(0), c.data.image_size, c.data.max_words)
+  return lambda: model(c).init(jax.random.key(0))
 
 
 def fresh_variables(c) -> dict:
@@ -77,5 +77,5 @@ def variables(c, seed: int = 0) -> dict:
   return jax.tree_util.tree_map_with_path(value, shapes)
 
 
-def state(c, tx, seed: int = 0) -> train_step.TrainState:
-  return train_step.TrainState.create(variables(c, seed), tx)
+def state(c, tx, seed: int = 0) -> TrainState:
+  return TrainState.create(variables(c, seed), tx)

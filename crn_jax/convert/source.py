@@ -12,7 +12,7 @@ import safetensors
 import safetensors.numpy
 
 from crn_jax.convert import pickles
-from crn_jax.input_pipeline import images
+from crn_jax.models.preprocessing import IMAGENET
 
 _IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")
 _WRAPPERS = ("state_dict", "model")
@@ -80,8 +80,8 @@ def preprocessing(path: pathlib.Path) -> dict[str, Any]:
     ValueError: if such a file is not readable.
   """
   found = {
-    "mean": list(images.IMAGENET_MEAN),
-    "std": list(images.IMAGENET_STD),
+    "mean": list(IMAGENET.mean),
+    "std": list(IMAGENET.std),
     "interpolation": "bicubic",
   }
   timm = _json(path.parent / "config.json").get("pretrained_cfg", {})

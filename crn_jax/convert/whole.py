@@ -13,14 +13,17 @@ import numpy as np
 import safetensors.numpy
 from flax import traverse_util
 
+from crn_jax import state
 from crn_jax.convert import backbone, layout, pickles, recognise, release, timm, torchvision
 from crn_jax.convert import source as sources
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
-from crn_jax.methods import optimizer
-from crn_jax.methods.crn import TrainState
+from crn_jax.methods import registry as methods
+from crn_jax.methods.base import TrainState
 from crn_jax.models import crn
 from crn_jax.models.backbones import registry
-from crn_jax.workdir import checkpoint, files, run
+from crn_jax.workdir import files, run
+from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 
 _COUNTER = "num_batches_tracked"
 _VOCABULARY = "vocab.json"
@@ -114,23 +117,24 @@ def convert(
     raise ValueError(
       f"{paths[0]}: {sizes['local']['rows']} rows in the word table, {len(words)} words"
     )
-  like = jax.eval_shape(lambda: fresh_state(config, len(words)))
+  method = methods.create(config, len(words))
+  like = state.abstract(method)
   filled = {kind: _fill(kind, like, half) for kind, half in halves.items()}
   variables = {
     c: {kind: filled[kind].get(c, {}) for kind in crn.BRANCHES} for c in ("params", "batch_stats")
   }
   if without := [kind for kind, half in halves.items() if not _has_relation(half)]:
-    model = crn.build(config.model, len(words))
-    fresh = model.init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)
+    fresh = method.init(jax.random.key(config.seed))
     for kind in without:
       variables["params"][kind]["relation"] = fresh["params"][kind]["relation"]
-  state = _state(config, variables)
+  tx = method.optimizer(steps_per_epoch=1, total_steps=1)  # Its state does not depend on these.
+  first = state.of_variables(method, tx, variables)
   with files.replacing_folder(target) as partial:
     partial.mkdir()
     run.save_config(config, partial)
     vocabulary.save(partial / _VOCABULARY)
-    with checkpoint.Checkpoints(partial / "checkpoints") as checkpoints:
-      checkpoints.save(state)
+    with Checkpoints(partial / "checkpoints") as checkpoints:
+      checkpoints.save(first)
       checkpoints.require(0)
   options = "".join(
     f" --config.{name}={str(value).replace(' ', '') if value != '' else repr('')}"
@@ -141,7 +145,7 @@ def convert(
     for name, value in changed.items()
     if isinstance(value, list)
   )
-  count = sum(x.size for x in jax.tree.leaves(state.params))
+  count = sum(x.size for x in jax.tree.leaves(first.params))
   lines = []
   for kind, half in halves.items():
     lines.append(f"recognised {half.source.path}: {kind} model of CRN's PyTorch release")
@@ -171,19 +175,17 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
   """
   backbone.check_target(target, force)
   workdir = pathlib.Path(workdir)
-  for name in ("config.json", _VOCABULARY, "checkpoints"):
-    if not (workdir / name).exists():
-      raise FileNotFoundError(f"{workdir / name}: not found, so {workdir} holds no trained run")
+  run.check_trained(workdir)
   config = run.load_config(workdir)
   vocabulary = Vocabulary.load(workdir / _VOCABULARY)
-  like = jax.eval_shape(lambda: fresh_state(config, len(vocabulary)))
-  with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
+  like = state.abstract(methods.create(config, len(vocabulary)))
+  params = "average" if like.average else "params"
+  with CheckpointReader(workdir / "checkpoints") as checkpoints:
     best = checkpoints.best_step()
     step = best if best is not None else max(checkpoints.steps(), default=None)
     if step is None:
-      raise FileNotFoundError(f"{workdir / 'checkpoints'}: holds no checkpoint")
-    state = checkpoints.restore(step, like)
-  variables = jax.tree.map(np.asarray, state.eval_variables())
+      raise UserError(f"{workdir / 'checkpoints'}: holds no checkpoint")
+    variables = checkpoints.restore_fields(step, like, (params, "batch_stats"))
   has_relation = config.model.aggregation != "none"
   with files.replacing_folder(target) as partial:
     partial.mkdir()
@@ -200,18 +202,6 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
     (partial / _VOCABULARY).write_text(json.dumps(word2id, indent=1), encoding="utf-8")
   chosen = "best" if best is not None else "last"
   return f"written {target}: {chosen} checkpoint (step {step}), names of the PyTorch release"
-
-
-def fresh_state(config: ml_collections.ConfigDict, vocab_size: int) -> TrainState:
-  """The state that a run of a configuration begins with, random values."""
-  model = crn.build(config.model, vocab_size)
-  variables = model.init(jax.random.key(0), config.data.image_size, config.data.max_words)
-  return _state(config, variables)
-
-
-def _state(config, variables) -> TrainState:
-  averaged = config.optimizer.ema_decay > 0
-  return TrainState.create(variables, optimizer.create(config, 1, 1), averaged=averaged)
 
 
 def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:

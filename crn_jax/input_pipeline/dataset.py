@@ -97,3 +97,20 @@ class EvalSplit:
   galleries: dict[str, np.ndarray]
   groups: np.ndarray | None = None
   store: ImageStore | None = None
+
+  @property
+  def labels(self) -> np.ndarray:
+    """[n images] int; images of one label are the same target."""
+    return np.arange(len(self.image_paths)) if self.groups is None else self.groups
+
+  @property
+  def target_labels(self) -> np.ndarray:
+    """[queries] int, label of every query's target."""
+    return self.labels[self.queries.target]
+
+  def reference_positions(self, protocol: str) -> np.ndarray:
+    """[queries] int, position of every query's reference image in a gallery, or -1."""
+    position = np.full(len(self.image_paths), -1)
+    gallery = self.galleries[protocol]
+    position[gallery] = np.arange(len(gallery))
+    return position[self.queries.reference]

@@ -1,8 +1,8 @@
-"""Decoding, resizing, cropping and normalising of images.
+"""Decoding, resizing and cropping of images.
 
 Pillow does the work on the host, so that pixels equal those of torchvision's transforms on Pillow
 images (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip) to the last grey level. Images stay
-uint8 until `normalize`, which belongs on the device.
+uint8 until they are normalised, which belongs on the device (`models/preprocessing.py`).
 """
 
 import os
@@ -10,10 +10,6 @@ import struct
 
 import numpy as np
 from PIL import Image
-
-# Mean and standard deviation per RGB channel of ImageNet, in units of the full range (255).
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What Pillow raises on a file that is not an image or is damaged: a broken PNG shows as
 # SyntaxError, a cut header as struct.error.
@@ -139,21 +135,3 @@ def check_sizes(resize: int, image_size: int) -> None:
       f"resize: expected at least image_size = {image_size} pixels (and both "
       f"positive), got {resize}"
     )
-
-
-def normalize(images, dtype=np.float32):
-  """(x / 255 - mean) / std per channel, with ImageNet's mean and std.
-
-  Takes NumPy or JAX arrays and gives back the same sort; works under `jax.jit`.
-
-  Args:
-    images: [..., h, w, 3] uint8.
-    dtype: of the result; the arithmetic is float32, or float64 if dtype is.
-
-  Returns:
-    [..., h, w, 3] dtype.
-  """
-  compute = np.float64 if np.dtype(dtype) == np.float64 else np.float32
-  mean = np.asarray(IMAGENET_MEAN, compute)
-  std = np.asarray(IMAGENET_STD, compute)
-  return ((images.astype(compute) / compute(255) - mean) / std).astype(dtype)

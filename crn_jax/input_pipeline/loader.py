@@ -2,7 +2,7 @@
 
 Everything random is a pure function of (seed, epoch, position in the epoch), so a run that is
 resumed at any step, or spread over any number of processes, sees the same pictures. Images stay
-uint8; `images.normalize` belongs on the device. Decoding runs in parallel in Pillow, which
+uint8; normalising them belongs on the device. Decoding runs in parallel in Pillow, which
 releases the GIL.
 """
 

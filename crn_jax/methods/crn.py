@@ -1,138 +1,89 @@
-"""One training update of both branches, per-device code.
+"""CRN (Yang et al., IEEE TIP 2023): two branches that teach each other, their vectors joined.
 
 The release updates in turn: local against the frozen global branch, then global against the frozen
 *updated* local branch. It makes 12 backbone passes for that. Here each branch passes the batch once
 and keeps its pull-back; only the updated local branch is run once more, as the global branch's
 teacher: 6 passes (reference and target, three times) for the same numbers. The simultaneous update
-leaves that third run out.
+leaves that third run out, and so do loss weights of zero where no term needs a teacher.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Mapping
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import ml_collections
 import optax
 
-from crn_jax.input_pipeline import images
+from crn_jax.errors import UserError
 from crn_jax.methods import losses, optimizer
-from crn_jax.models.crn import BRANCHES, CRN
+from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
+from crn_jax.models.crn import BRANCHES, Branch
+
+_UPDATE_MODES = ("alternating", "simultaneous")
 
 
-@flax.struct.dataclass
-class TrainState:
-  """Everything that an update changes.
+@dataclasses.dataclass(frozen=True)
+class CRN(Method):
+  """CRN, its release and CLVC-Net, by the `model`, `loss` and `update_mode` of a configuration."""
 
-  Attributes:
-    step: [] int32, updates done.
-    params: branch -> parameters.
-    batch_stats: branch -> running BatchNorm statistics.
-    opt_state: branch -> optimizer state.
-    average: branch -> moving average of the parameters; empty unless optimizer.ema_decay is set.
-  """
+  parts = BRANCHES
 
-  step: jax.Array
-  params: dict
-  batch_stats: dict
-  opt_state: dict
-  average: dict
+  def __post_init__(self):
+    if self.config.update_mode not in _UPDATE_MODES:
+      raise UserError(
+        f"update_mode must be {' or '.join(map(repr, _UPDATE_MODES))}, not "
+        f"{self.config.update_mode!r}"
+      )
 
-  @classmethod
-  def create(
-    cls, variables: dict, tx: optax.GradientTransformation, *, averaged: bool = False
-  ) -> "TrainState":
-    """State before the first update.
+  @property
+  def branches(self) -> dict[str, Branch]:
+    """name -> module."""
+    model = ml_collections.FrozenConfigDict(self.config.model)
+    return {kind: Branch(kind, model, self.vocab_size, self.axis_name) for kind in BRANCHES}
 
-    Args:
-      variables: as from `CRN.init`.
-      tx: optimizer of a branch.
-      averaged: whether to keep a moving average of the parameters.
-    """
-    params = variables["params"]
-    opt_state = {name: tx.init(params[name]) for name in BRANCHES}
-    # Copies: the state's buffers are donated, and none can be given away twice.
-    average = jax.tree.map(jnp.copy, params) if averaged else {}
-    return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state, average)
+  @property
+  def vector_dim(self) -> int:
+    return len(BRANCHES) * self.config.model.feature_dim
 
-  def eval_variables(self) -> dict:
-    """What is evaluated: {'params' (averaged ones, if there are), 'batch_stats'}."""
-    return {"params": self.average or self.params, "batch_stats": self.batch_stats}
+  def init(self, key: jax.Array) -> Variables:
+    data = self.config.data
+    image = jnp.zeros((1, data.image_size, data.image_size, 3))
+    tokens = jnp.zeros((1, data.max_words), jnp.int32)
+    variables = {}
+    for name, branch in self.branches.items():
+      key, branch_key = jax.random.split(key)
+      branch = branch.clone(axis_name=None)
+      variables[name] = branch.init(
+        branch_key, image, image, tokens, tokens == 0, train=False, modification=True,
+        auxiliary=True,
+      )  # fmt: skip
+    return {
+      collection: {name: variables[name].get(collection, {}) for name in variables}
+      for collection in ("params", "batch_stats")
+    }
 
+  def unused_parameters(self) -> frozenset[str]:
+    unused = set()
+    if self.config.model.aggregation == "discarded":
+      unused.add("aggregation_fc")
+    if not self.config.loss.modification:
+      unused.add("relation")
+    return frozenset(unused)
 
-def make_train_step(
-  crn: CRN,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-  axis_name: str | None,
-) -> Callable:
-  """Builds `step(state, batch) -> (state, metrics)` on batches of uint8 pictures.
-
-  See `make_update`; `batch` is as the loader gives it (`loader.train_batches`).
-  """
-  update = make_update(crn, tx, config, axis_name)
-
-  def step(state: TrainState, batch: dict):
-    pictures = {k: images.normalize(batch[k]) for k in ("reference", "target")}
-    return update(state, batch | pictures)
-
-  return step
-
-
-def make_update(
-  crn: CRN,
-  tx: optax.GradientTransformation,
-  config: ml_collections.ConfigDict,
-  axis_name: str | None,
-) -> Callable:
-  """Builds `update(state, batch) -> (state, metrics)`.
-
-  Args:
-    crn: the model, built with the same `axis_name`.
-    tx: optimizer of a branch.
-    config: the whole configuration.
-    axis_name: mapped axis over which the batch is split, or None.
-
-  Returns:
-    A function of the state and of a batch {reference, target: [batch, height, width, 3] normalised;
-    tokens: [batch, words] int32; token_mask: [batch, words] bool}. Metrics are scalars over the
-    global batch, named 'local/classification' and so on; gradient norms are before clipping.
-
-  Raises:
-    ValueError: on an unknown `config.update_mode`.
-  """
-  if config.update_mode not in ("alternating", "simultaneous"):
-    raise ValueError(
-      f"update_mode must be 'alternating' or 'simultaneous', not {config.update_mode!r}"
-    )
-  layout = losses.Batch(axis_name)
-  relations = {
-    "modification": config.loss.modification > 0,
-    "auxiliary": config.loss.auxiliary > 0,
-  }
-
-  def psum(tree):
-    return jax.lax.psum(tree, axis_name) if axis_name else tree
-
-  def forward(name, params, batch_stats, batch, key, **ask):
-    out, updated = crn.branches[name].apply(
-      {'params': params, 'batch_stats': batch_stats},
-      batch['reference'], batch['target'], batch['tokens'], batch['token_mask'],
-      train=True, **ask, rngs={'drop_path': key}, mutable=['batch_stats'],
-    )  # fmt: skip
-    return out, updated.get("batch_stats", {})
-
-  def loss_of_output(out, teacher):
-    return losses.branch_losses(out, teacher, config.loss, layout)
-
-  def update(state: TrainState, batch: dict):
+  def update(
+    self, tx: optax.GradientTransformation, state: TrainState, batch: Mapping[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """See `Method.update`. Gradient norms are before clipping."""
+    config, weights = self.config, self.config.loss
     # A function of seed and step alone, so that a resumed run draws what it would have drawn.
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     keys = dict(zip((*BRANCHES, "teacher"), jax.random.split(key, 3), strict=True))
+    relations = {"modification": weights.modification > 0, "auxiliary": weights.auxiliary > 0}
     out, pull_back, batch_stats = {}, {}, {}
     for name in BRANCHES:
       out[name], pull_back[name], batch_stats[name] = jax.vjp(
-        lambda p, name=name: forward(
+        lambda p, name=name: self._forward(
           name, p, state.batch_stats[name], batch, keys[name], **relations
         ),
         state.params[name],
@@ -141,18 +92,17 @@ def make_update(
     params, opt_state, metrics = dict(state.params), dict(state.opt_state), {}
     for name, partner in (("local", "global"), ("global", "local")):
       teacher = out[partner]
-      if name == "global" and config.update_mode == "alternating":
-        teacher, _ = forward(
+      if name == "global" and config.update_mode == "alternating" and losses.needs_teacher(weights):
+        teacher, _ = self._forward(
           'local', params['local'], state.batch_stats['local'], batch, keys['teacher'],
           modification=False, auxiliary=False,
         )  # fmt: skip
-      (total, terms), of_output = jax.value_and_grad(loss_of_output, has_aux=True)(
-        out[name], teacher
-      )
-      (grads,) = psum(pull_back[name](of_output))
+      (total, terms), of_output = jax.value_and_grad(self._losses, has_aux=True)(out[name], teacher)
+      (grads,) = self._sum(pull_back[name](of_output))
       updates, opt_state[name] = tx.update(grads, state.opt_state[name], state.params[name])
       params[name] = optax.apply_updates(state.params[name], updates)
-      metrics |= {f"{name}/{term}": value for term, value in psum(terms | {"total": total}).items()}
+      terms = self._sum(terms | {"total": total})
+      metrics |= {f"{name}/{term}": value for term, value in terms.items()}
       metrics[f"{name}/grad_norm"] = optax.tree.norm(grads)
       metrics[f"{name}/logit_scale"] = state.params[name]["logit_scale"][0]
     average = state.average
@@ -162,4 +112,70 @@ def make_update(
       )
     return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics
 
-  return update
+  def constants(self, variables: Variables) -> dict[str, jax.Array]:
+    """Maps of the zero image, with which texts are composed alone."""
+    size = self.config.data.image_size
+    return {
+      n: self._apply(variables, n, Branch.encode_zero_image, size, size).map for n in BRANCHES
+    }
+
+  def encode_images(self, variables: Variables, pictures: jax.Array):
+    out = {
+      n: self._apply(variables, n, Branch.encode_image, pictures, train=False) for n in BRANCHES
+    }
+    vectors = join(out["local"].vector, out["global"].vector)
+    return {n: o.map for n, o in out.items()}, vectors
+
+  def compose(self, variables: Variables, constants, references, tokens, mask) -> QueryVectors:
+    composed, text_only, attention = {}, {}, {}
+    for n in BRANCHES:
+      words = self._apply(variables, n, Branch.encode_text, tokens, mask)
+      query = self._apply(variables, n, Branch.compose, references[n], *words, train=False)
+      composed[n], attention[n] = query.vector, query.attention
+      text_only[n] = self._apply(
+        variables, n, Branch.compose_zero_image, constants[n], *words, train=False
+      )
+    return QueryVectors(
+      join(composed["local"], composed["global"]),
+      join(text_only["local"], text_only["global"]),
+      attention,
+    )
+
+  def _forward(self, name, params, batch_stats, batch, key, **relations):
+    out, updated = self.branches[name].apply(
+      {'params': params, 'batch_stats': batch_stats},
+      batch['reference'], batch['target'], batch['tokens'], batch['token_mask'],
+      train=True, **relations, rngs={'drop_path': key}, mutable=['batch_stats'],
+    )  # fmt: skip
+    return out, updated.get("batch_stats", {})
+
+  def _losses(self, out, teacher):
+    return losses.branch_losses(out, teacher, self.config.loss, losses.Batch(self.axis_name))
+
+  def _sum(self, tree):
+    return jax.lax.psum(tree, self.axis_name) if self.axis_name else tree
+
+  def _apply(self, variables: Variables, name: str, method, *args, **kwargs):
+    own = {collection: tree[name] for collection, tree in variables.items()}
+    return self.branches[name].apply(own, *args, **kwargs, method=method)
+
+
+def join(local: jax.Array, global_: jax.Array) -> jax.Array:
+  """Joins the vectors of the two branches into one retrieval vector of unit length.
+
+  normalise([normalise(local), normalise(global_)]) with normalise(x) = x / max(|x|, 1e-12): each
+  branch has half of the weight whatever its scale. An all-zero vector stays zero.
+
+  Args:
+    local: [n, d1] vectors of the local branch.
+    global_: [n, d2] vectors of the global branch.
+
+  Returns:
+    [n, d1 + d2] float32.
+  """
+
+  def normalise(x):
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True)), 1e-12)
+
+  return normalise(jnp.concatenate([normalise(local), normalise(global_)], axis=-1))

@@ -90,10 +90,17 @@ def mean_square(a: jax.Array, b: jax.Array, batch: Batch) -> jax.Array:
   )
 
 
+def needs_teacher(weights: ml_collections.ConfigDict) -> bool:
+  """Whether any term with a weight compares a branch with its partner."""
+  return bool(weights.cross_branch or weights.mutual_kl)
+
+
 def branch_losses(
   out: BranchOutput, teacher: BranchOutput, weights: ml_collections.ConfigDict, batch: Batch
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """All losses of one branch against its frozen partner.
+
+  Terms with a weight of zero are not computed: zero times an infinite value would not be zero.
 
   Args:
     out: the branch's outputs.
@@ -107,16 +114,18 @@ def branch_losses(
   teacher_query = jax.lax.stop_gradient(teacher.query_vector)
   teacher_target = jax.lax.stop_gradient(teacher.target_vector)
   q, t, scale = out.query_vector, out.target_vector, out.logit_scale
-  terms = {
-    "classification": classification(q, t, scale, batch),
-    "cross_branch": mean_square(t, teacher_target, batch) + mean_square(q, teacher_query, batch),
-    "mutual_kl": mutual_kl(q, t, teacher_query, teacher_target, batch),
+  known = {
+    "classification": lambda: classification(q, t, scale, batch),
+    "cross_branch": lambda: (
+      mean_square(t, teacher_target, batch) + mean_square(q, teacher_query, batch)
+    ),
+    "mutual_kl": lambda: mutual_kl(q, t, teacher_query, teacher_target, batch),
   }
   if out.composed_map is not None:
-    terms["perceptual"] = mean_square(out.composed_map, out.target_map, batch)
+    known["perceptual"] = lambda: mean_square(out.composed_map, out.target_map, batch)
   if out.difference is not None:
-    terms["modification"] = classification(out.difference, out.text_vector, scale, batch)
+    known["modification"] = lambda: classification(out.difference, out.text_vector, scale, batch)
   if out.auxiliary_vector is not None:
-    terms["auxiliary"] = classification(out.auxiliary_vector, t, scale, batch)
-  total = sum(weights[name] * value for name, value in terms.items())
-  return total, terms
+    known["auxiliary"] = lambda: classification(out.auxiliary_vector, t, scale, batch)
+  terms = {name: term() for name, term in known.items() if weights[name]}
+  return sum(weights[name] * value for name, value in terms.items()), terms

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import ml_collections
 import optax
 
+from crn_jax.errors import UserError
+
 
 def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int):
   """Schedule: step -> learning rate.
@@ -19,7 +21,7 @@ def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total
     total_steps: updates of the whole training.
 
   Raises:
-    ValueError: on an unknown schedule.
+    UserError: on an unknown schedule.
   """
   if config.schedule == "step":
     epochs = range(config.decay_every_epochs, config.max_decay_epoch, config.decay_every_epochs)
@@ -29,37 +31,39 @@ def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total
   elif config.schedule == "cosine":
     decay = optax.cosine_decay_schedule(config.learning_rate, total_steps)
   else:
-    raise ValueError(f"optimizer.schedule must be 'step' or 'cosine', not {config.schedule!r}")
+    raise UserError(f"optimizer.schedule must be 'step' or 'cosine', not {config.schedule!r}")
   if not config.warmup_steps:
     return decay
   return lambda step: decay(step) * jnp.minimum(1.0, (step + 1) / config.warmup_steps)
 
 
 def create(
-  config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int
+  config: ml_collections.ConfigDict,
+  steps_per_epoch: int,
+  total_steps: int,
+  *,
+  unused: frozenset[str] = frozenset(),
 ) -> optax.GradientTransformation:
-  """The optimizer of one branch.
+  """The optimizer of one part of a method.
 
   Weight decay is added to the gradient before Adam (PyTorch's Adam), not decoupled from it.
-  Parameters that no loss reaches are left alone, weight decay included, as PyTorch leaves alone
-  parameters without a gradient: see `unused_parameters`.
 
   Args:
-    config: the whole configuration.
+    config: the `optimizer` part of the configuration.
     steps_per_epoch: updates an epoch.
     total_steps: updates of the whole training.
+    unused: names of modules that no loss reaches. They are left alone, weight decay included, as
+      PyTorch leaves alone parameters without a gradient.
   """
-  c = config.optimizer
-  clip = optax.clip_by_global_norm(c.clip_norm) if c.clip_norm else optax.identity()
+  clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
   adam = optax.chain(
     clip,
-    optax.add_decayed_weights(c.weight_decay),
+    optax.add_decayed_weights(config.weight_decay),
     optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-    optax.masked(optax.scale(c.logit_scale_rate), _inside("logit_scale")),
-    optax.masked(optax.scale(c.backbone_rate), _inside("backbone")),
-    optax.scale_by_learning_rate(learning_rate(c, steps_per_epoch, total_steps)),
+    optax.masked(optax.scale(config.logit_scale_rate), _inside("logit_scale")),
+    optax.masked(optax.scale(config.backbone_rate), _inside("backbone")),
+    optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch, total_steps)),
   )
-  unused = unused_parameters(config)
 
   def labels(params):
     flags = jax.tree_util.tree_map_with_path(
@@ -68,16 +72,6 @@ def create(
     return jax.tree.map(lambda flag: "unused" if flag else "trained", flags)
 
   return optax.partition({"trained": adam, "unused": optax.set_to_zero()}, labels)
-
-
-def unused_parameters(config: ml_collections.ConfigDict) -> frozenset[str]:
-  """Names of the modules that exist in the parameters but reach no loss."""
-  unused = set()
-  if config.model.aggregation == "discarded":
-    unused.add("aggregation_fc")
-  if not config.loss.modification:
-    unused.add("relation")
-  return frozenset(unused)
 
 
 def average_parameters(average, params, step: jax.Array, decay: float):

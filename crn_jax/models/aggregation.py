@@ -12,6 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from crn_jax.errors import UserError
 from crn_jax.models import linear
 from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.layers import GeM
@@ -53,10 +54,10 @@ class ImageHead(nn.Module):
     """See `ImageOutput`.
 
     Raises:
-      ValueError: on an unknown `aggregation`.
+      UserError: on an unknown `aggregation`.
     """
     if self.aggregation not in ("used", "discarded", "none"):
-      raise ValueError(
+      raise UserError(
         f"model.aggregation must be 'used', 'discarded' or 'none', not {self.aggregation!r}"
       )
     x = features.map if self.keep_map else jnp.mean(features.map, (1, 2), keepdims=True)

@@ -1,11 +1,9 @@
-"""CRN: a local and a global branch over the (reference, text, target) triplet.
+"""A branch of CRN, local or global, over the (reference, text, target) triplet.
 
 Yang, Ye, Cai, Su, Du: "Composed Image Retrieval via Cross Relation Network with Hierarchical
 Aggregation Transformer", IEEE TIP 32, 2023; grown from CLVC-Net (Wen et al., SIGIR 2021). The two
 branches share nothing but their form; they differ in their composition module.
 """
-
-import dataclasses
 
 import flax.linen as nn
 import flax.struct
@@ -182,40 +180,6 @@ class Branch(nn.Module):
         auxiliary_vector=self.compose_zero_image(zero.map, words, mask, train=train)
       )
     return out
-
-
-@dataclasses.dataclass(frozen=True)
-class CRN:
-  """The two branches. Variables are {collection: {'local': ..., 'global': ...}}.
-
-  Attributes:
-    branches: name -> `Branch`.
-  """
-
-  branches: dict[str, Branch]
-
-  def init(self, key: jax.Array, image_size: int, max_words: int) -> dict:
-    """Fresh variables {'params': {branch: ...}, 'batch_stats': {branch: ...}}, float32."""
-    image = jnp.zeros((1, image_size, image_size, 3))
-    tokens = jnp.zeros((1, max_words), jnp.int32)
-    variables = {}
-    for name, branch in self.branches.items():
-      key, branch_key = jax.random.split(key)
-      branch = branch.clone(axis_name=None)
-      variables[name] = branch.init(
-        branch_key, image, image, tokens, tokens == 0, train=False, modification=True,
-        auxiliary=True,
-      )  # fmt: skip
-    return {
-      collection: {name: variables[name].get(collection, {}) for name in variables}
-      for collection in ("params", "batch_stats")
-    }
-
-
-def build(config: ml_collections.ConfigDict, vocab_size: int, axis_name: str | None = None) -> CRN:
-  """Builds CRN from the `model` part of a configuration."""
-  frozen = ml_collections.FrozenConfigDict(config)
-  return CRN({kind: Branch(kind, frozen, vocab_size, axis_name) for kind in BRANCHES})
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crn_jax.errors import UserError
 from crn_jax.models import linear
 
 
@@ -178,7 +179,7 @@ class InceptionUnit(nn.Module):
     """[batch, *positions, channels] -> [batch, *positions, features], not negative."""
     channels = x.shape[-1]
     if channels % 64 or self.features % 16:
-      raise ValueError(
+      raise UserError(
         f"an Inception unit needs an input width that is a multiple of 64 and an output width that "
         f"is a multiple of 16, not {channels} and {self.features}: change model.feature_dim "
         f"(input: twice it) or model.map_dim"

@@ -1,20 +1,20 @@
 """Which queries are shown, and what a picture needs to know of them."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
 
-from crn_jax import evaluate
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, UNK, Vocabulary
 from crn_jax.reports.pictures.attention import AttentionRow, Word
 from crn_jax.reports.pictures.grid import GridRow
-from crn_jax.retrieval import ranking
-from crn_jax.retrieval.encode import Encoded
 
 TOP = 10  # Images shown of a ranking; a target among them counts as found.
+_ROWS = 8  # Queries of a retrieval grid.
+_ATTENDED = 2  # Queries of a picture of attention: so many found and as many missed.
 
 
 def spread(rows: Sequence[int], count: int) -> np.ndarray:
@@ -45,47 +45,64 @@ def missed(ranks: np.ndarray, count: int) -> np.ndarray:
   return spread(order[ranks[order] >= TOP], count)
 
 
-def grid_rows(
-  chosen: Sequence[int],
-  ranks: np.ndarray,
-  encoded: Encoded,
-  split: EvalSplit,
-  protocol: str,
-  config: ml_collections.ConfigDict,
-) -> list[GridRow]:
-  """Rows of a retrieval grid.
+@dataclasses.dataclass(frozen=True)
+class Cases:
+  """Queries of a split that are shown, and what was found for them.
 
-  Args:
-    chosen: rows of `split.queries`.
-    ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
-    encoded: vectors of the split.
+  Attributes:
     split: images and queries.
     protocol: names the gallery.
-    config: the whole configuration.
+    ranks: [queries] int, 0-based rank of every query's target in it.
+    groups: "all", "found", "missed" -> rows of `split.queries`, those of the retrieval grids.
+    attended: rows of `split.queries`, those of the picture of attention.
+    top: row of the groups -> (gallery position, score) of its first `TOP` images, best first.
+    attention: part of the model -> [attended, words, h, w]; empty if the method has none.
   """
-  gallery = split.galleries[protocol]
-  labels, target = evaluate.image_labels(split)[gallery], evaluate.target_labels(split)
-  in_gallery = np.isin(target, labels)
-  exclude = evaluate.excluded_positions(split, protocol, config)[chosen]
-  top, scores = ranking.top_k(encoded.composed[chosen], encoded.images[gallery], TOP, exclude)
-  rows = []
-  for i, query in enumerate(chosen):
-    ranked = top[i] != exclude[i]  # Of a gallery smaller than `TOP` all is returned.
-    at = np.flatnonzero(labels[top[i][ranked]] == target[query])
-    rows.append(
-      GridRow(
-        reference=split.image_paths[split.queries.reference[query]],
-        text=_text(split, query),
-        top=tuple(
-          (split.image_paths[gallery[g]], float(s))
-          for g, s in zip(top[i][ranked], scores[i][ranked], strict=True)
-        ),
-        target=split.image_paths[split.queries.target[query]],
-        target_position=int(at[0]) if len(at) else None,
-        rank=int(ranks[query]) if in_gallery[query] else None,
+
+  split: EvalSplit
+  protocol: str
+  ranks: np.ndarray
+  groups: Mapping[str, np.ndarray]
+  attended: np.ndarray
+  top: Mapping[int, Sequence[tuple[int, float]]] = dataclasses.field(default_factory=dict)
+  attention: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+
+  @classmethod
+  def choose(cls, split: EvalSplit, protocol: str, ranks: np.ndarray) -> "Cases":
+    """Which queries to show; what was found for them is not known yet."""
+    groups = {
+      "all": spread(np.arange(len(ranks)), _ROWS),
+      "found": found(ranks, _ROWS),
+      "missed": missed(ranks, _ROWS),
+    }
+    attended = np.concatenate([found(ranks, _ATTENDED), missed(ranks, _ATTENDED)])
+    return cls(split, protocol, ranks, groups, attended)
+
+  @property
+  def chosen(self) -> np.ndarray:
+    """Rows of all groups, each once."""
+    return np.unique(np.concatenate(list(self.groups.values())))
+
+  def grid_rows(self, group: str) -> list[GridRow]:
+    """Rows of a group's retrieval grid."""
+    split, gallery = self.split, self.split.galleries[self.protocol]
+    labels, target = split.labels[gallery], split.target_labels
+    in_gallery = np.isin(target, labels)
+    rows = []
+    for query in self.groups[group]:
+      top = self.top[int(query)]
+      hits = [i for i, (position, _) in enumerate(top) if labels[position] == target[query]]
+      rows.append(
+        GridRow(
+          reference=split.image_paths[split.queries.reference[query]],
+          text=text(split, query),
+          top=tuple((split.image_paths[gallery[position]], score) for position, score in top),
+          target=split.image_paths[split.queries.target[query]],
+          target_position=hits[0] if hits else None,
+          rank=int(self.ranks[query]) if in_gallery[query] else None,
+        )
       )
-    )
-  return rows
+    return rows
 
 
 def attention_rows(
@@ -101,7 +118,7 @@ def attention_rows(
 
   Args:
     chosen: rows of `split.queries`.
-    attention: branch -> [chosen, max_words, h, w], of `Encoder.attention`.
+    attention: branch -> [chosen, max_words, h, w], see `Cases`.
     ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
     split: images and queries.
     protocol: names the gallery.
@@ -109,9 +126,7 @@ def attention_rows(
     config: the whole configuration.
   """
   data = config.data
-  in_gallery = np.isin(
-    evaluate.target_labels(split), evaluate.image_labels(split)[split.galleries[protocol]]
-  )
+  in_gallery = np.isin(split.target_labels, split.labels[split.galleries[protocol]])
   rows = []
   for i, query in enumerate(chosen):
     words = shown_words(split.queries.texts[query], table)
@@ -130,7 +145,7 @@ def attention_rows(
     rows.append(
       AttentionRow(
         reference=picture,
-        text=_text(split, query),
+        text=text(split, query),
         outcome=f"{'found' if rank < TOP else 'missed'}: {outcome}",
         words=tuple(words),
         local=local[: len(words)],
@@ -151,5 +166,6 @@ def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
   return [Word(word.strip("<>"), note(i)) for word, i in table.read(texts)]
 
 
-def _text(split: EvalSplit, query: int) -> str:
+def text(split: EvalSplit, query: int) -> str:
+  """The captions of a query in one line."""
   return " / ".join(split.queries.texts[query])

@@ -7,14 +7,13 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
-from crn_jax import evaluate
+from crn_jax.errors import UserError
 from crn_jax.reports import page, tables
 from crn_jax.reports.pictures import curves
+from crn_jax.reports.results import QUERY_KINDS, Recalls, Results
 from crn_jax.workdir import history
 from crn_jax.workdir.run import flat
 
-_KEYS = ("dataset", "checkpoint_step", "selection", "captions", "exclude_reference", "best_metric",
-         "breakdown_protocol", "n_queries", "protocols", "by_query")  # fmt: skip
 # Fields that say where a run is, not what it is.
 _PLACES = ("name", "data.root")
 
@@ -25,13 +24,13 @@ class Run:
 
   Attributes:
     name: as short as it stays different from the other runs' names.
-    results: eval.json.
+    results: what eval.json holds.
     config: field -> value, e.g. {"data.category": "dress"}.
     recorded: metrics.jsonl; empty if there is none.
   """
 
   name: str
-  results: dict
+  results: Results
   config: dict
   recorded: history.History
 
@@ -47,12 +46,12 @@ def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
     Warnings, tables and the paths written, for people to read.
 
   Raises:
-    FileNotFoundError: a folder holds no finished run.
-    ValueError: fewer than two runs, one named twice, or a damaged file.
+    UserError: a folder holds no finished run, fewer than two runs, one named twice, or a damaged
+      file.
   """
   folders = [pathlib.Path(w) for w in workdirs]
   if len({f.resolve() for f in folders}) != len(folders) or len(folders) < 2:
-    raise ValueError(
+    raise UserError(
       f"--workdirs: expected two or more different folders, e.g. runs/a,runs/b; got "
       f"{', '.join(map(str, folders)) or 'none'}"
     )
@@ -79,8 +78,7 @@ def load(workdir: str | os.PathLike, name: str) -> Run:
   """Reads a finished run.
 
   Raises:
-    FileNotFoundError: config.json or eval.json is missing.
-    ValueError: one of them is damaged, or of an older version.
+    UserError: config.json or eval.json is missing, damaged, or of an older version.
   """
   workdir = pathlib.Path(workdir)
   config = _read(
@@ -99,30 +97,28 @@ def load(workdir: str | os.PathLike, name: str) -> Run:
     f"{mend}",
     damaged=mend,
   )
-  lacking = [key for key in _KEYS if key not in results]
-  if not lacking and any("intervals" not in p for p in results["protocols"].values()):
-    lacking = ["intervals"]
-  if lacking:
-    raise ValueError(f"{path}: lacks {', '.join(lacking)}, so an older version wrote it; {mend}")
-  return Run(name, results, flat(config), history.read(workdir))
+  try:
+    found = Results.from_json(results)
+  except UserError as error:
+    raise UserError(f"{path}: {error}; {mend}") from error
+  return Run(name, found, flat(config), history.read(workdir))
 
 
 def not_comparable(runs: Sequence[Run]) -> list[str]:
   """What forbids to compare the runs' numbers, in sentences; empty if nothing does."""
-  facts: dict[str, Callable[[dict], object]] = {
-    "the data sets": lambda r: r["dataset"],
-    "the numbers of queries": lambda r: r["n_queries"],
-    "the captions": lambda r: r["captions"],
-    "the uses of the reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
-    "the protocol of the breakdown by query": lambda r: r["breakdown_protocol"],
+  facts: dict[str, Callable[[Results], object]] = {
+    "the data sets": lambda r: r.dataset,
+    "the numbers of queries": lambda r: r.summary.n_queries,
+    "the captions": lambda r: r.captions,
+    "the uses of the reference image": lambda r: "excluded" if r.exclude_reference else "kept",
+    "the protocol of the breakdown by query": lambda r: r.breakdown_protocol,
     "the skipped data": lambda r: (
-      ", ".join(f"{k} {v}" for k, v in flat(r.get("skipped") or {}).items()) or "none"
+      ", ".join(f"{k} {v}" for k, v in flat(r.skipped).items()) or "none"
     ),
   }
-  protocols = dict.fromkeys(p for run in runs for p in run.results["protocols"])
-  for protocol in protocols:
+  for protocol in _protocols(runs):
     facts[f"the galleries of {protocol}"] = lambda r, p=protocol: (
-      r["protocols"].get(p, {}).get("gallery", "not measured")
+      r.summary.protocols[p].counts["gallery"] if p in r.summary.protocols else "not measured"
     )
   warnings = []
 
@@ -155,14 +151,17 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
   def row(name, parts, metric):
     return name, tuple(tables.recall_cells(part, [metric])[0] for part in parts)
 
+  def gallery(recalls: Recalls | None):
+    return tables.Cell("-" if recalls is None else str(recalls.counts["gallery"]))
+
   evaluated = {
-    "data set": lambda r: r["dataset"],
-    "queries": lambda r: r["n_queries"],
-    "captions": lambda r: r["captions"],
-    "reference image": lambda r: "excluded" if r["exclude_reference"] else "kept",
-    "checkpoint step": lambda r: r["checkpoint_step"],
-    "selection": lambda r: " and ".join(filter(None, (r["selection"], r.get("also")))),
-    "best by": lambda r: r["best_metric"],
+    "data set": lambda r: r.dataset,
+    "queries": lambda r: r.summary.n_queries,
+    "captions": lambda r: r.captions,
+    "reference image": lambda r: "excluded" if r.exclude_reference else "kept",
+    "checkpoint step": lambda r: r.checkpoint_step,
+    "selection": lambda r: " and ".join(filter(None, (r.selection, r.also))),
+    "best by": lambda r: r.best_metric,
   }
   shown = [
     table(
@@ -172,23 +171,23 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
     )
   ]
   metrics = _metrics(runs)
-  for protocol in dict.fromkeys(p for r in results for p in r["protocols"]):
-    parts = [r["protocols"].get(protocol, {}) for r in results]
-    rows = [("gallery", tuple(tables.Cell(str(p.get("gallery", "-"))) for p in parts))]
+  for protocol in _protocols(runs):
+    parts = [r.summary.protocols.get(protocol) for r in results]
+    rows = [("gallery", tuple(map(gallery, parts)))]
     rows += [row(m, parts, m) for m in metrics]
     # The other checkpoint stands beside the evaluated one, so that neither is shown alone.
-    beside = [(r.get("beside") or [{}])[0] for r in results]
+    beside = [next(iter(r.beside), None) for r in results]
     if any(beside):
       steps = tuple(
-        tables.Cell(f"{b['selection']}, step {b['checkpoint_step']}" if b else "-") for b in beside
+        tables.Cell(f"{b.selection}, step {b.checkpoint_step}" if b else "-") for b in beside
       )
       rows.append(("beside it", steps))
-      others = [b.get("protocols", {}).get(protocol, {}) for b in beside]
+      others = [b.summary.protocols.get(protocol) if b else None for b in beside]
       rows += [row(f"  {m}", others, m) for m in metrics]
     shown.append(table(protocol, rows))
-  for kind in evaluate.QUERY_KINDS[1:]:
-    parts = [r["by_query"].get(kind, {}) for r in results]
-    title = f"{kind.replace('_', ' ')} queries, {results[0]['breakdown_protocol']}"
+  for kind in QUERY_KINDS[1:]:
+    parts = [r.summary.by_query.get(kind) for r in results]
+    title = f"{kind.replace('_', ' ')} queries, {results[0].breakdown_protocol}"
     shown.append(table(title.capitalize(), [row(m, parts, m) for m in metrics]))
   return shown
 
@@ -208,16 +207,18 @@ def differences(runs: Sequence[Run]) -> tables.Table:
 
 def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
   """Writes compare.png: the recall that chooses checkpoints over the steps, recalls as bars."""
-  metric = runs[0].results["best_metric"]
+  metric = runs[0].results.best_metric
   bars = {}
-  for protocol in dict.fromkeys(p for run in runs for p in run.results["protocols"]):
+  for protocol in _protocols(runs):
+    parts = {run.name: run.results.summary.protocols.get(protocol) for run in runs}
     for name in _metrics(runs):
-      parts = {run.name: run.results["protocols"].get(protocol, {}) for run in runs}
       bars[f"{protocol}/{name}"] = {
-        run: curves.Bar(part[name], tuple(part["intervals"][name])) if name in part else None
+        run: curves.Bar(part.percent[name], part.intervals[name])
+        if part and name in part.percent
+        else None
         for run, part in parts.items()
       }
-  datasets = ", ".join(dict.fromkeys(run.results["dataset"] for run in runs))
+  datasets = ", ".join(dict.fromkeys(run.results.dataset for run in runs))
   title = f"{datasets}: {len(runs)} runs"
   if not_comparable(runs):
     title += "; NOT COMPARABLE in all respects, see the warnings"
@@ -230,10 +231,15 @@ def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
   )
 
 
-def _choices(results: dict) -> list[str]:
+def _choices(results: Results) -> list[str]:
   """All that the evaluated checkpoint is: the last one, the best one, or both."""
-  words = {"last": "last", "best": f"best by {results['best_metric']}"}
-  return [words[name] for name in (results["selection"], results.get("also")) if name]
+  words = {"last": "last", "best": f"best by {results.best_metric}"}
+  return [words[name] for name in (results.selection, results.also) if name]
+
+
+def _protocols(runs: Sequence[Run]) -> list[str]:
+  """Names of all protocols of the runs."""
+  return list(dict.fromkeys(p for run in runs for p in run.results.summary.protocols))
 
 
 def _read(path: pathlib.Path, *, missing: str, damaged: str) -> dict:
@@ -241,11 +247,11 @@ def _read(path: pathlib.Path, *, missing: str, damaged: str) -> dict:
   try:
     content = json.loads(path.read_text())
   except (FileNotFoundError, NotADirectoryError):
-    raise FileNotFoundError(f"{path}: not found, so {missing}") from None
+    raise UserError(f"{path}: not found, so {missing}") from None
   except ValueError as error:
-    raise ValueError(f"{path}: not valid JSON ({error}); {damaged}") from error
+    raise UserError(f"{path}: not valid JSON ({error}); {damaged}") from error
   if not isinstance(content, dict):
-    raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}; {damaged}")
+    raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; {damaged}")
   return content
 
 
@@ -258,7 +264,5 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
 
 def _metrics(runs: Sequence[Run]) -> list[str]:
   """Names of all recalls of the runs, by rising cut-off."""
-  names = {
-    m for run in runs for p in run.results["protocols"].values() for m in evaluate.metric_names(p)
-  }
+  names = {m for run in runs for p in run.results.summary.protocols.values() for m in p.percent}
   return sorted(names, key=lambda name: int(name.partition("@")[2]))

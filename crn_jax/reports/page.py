@@ -9,8 +9,6 @@ import pathlib
 import shlex
 import sys
 
-import flax
-import jax
 import jinja2
 from PIL import Image
 
@@ -80,12 +78,13 @@ def embedded(path: str | os.PathLike) -> str:
 
 def versions() -> dict[str, str]:
   """Versions of what computed the numbers."""
-  try:
-    own = importlib.metadata.version("crn-jax")
-  except importlib.metadata.PackageNotFoundError:  # Run from a folder without an installation.
-    own = "not installed"
-  python = ".".join(map(str, sys.version_info[:3]))
-  return {"crn-jax": own, "jax": jax.__version__, "flax": flax.__version__, "Python": python}
+  found = {}
+  for name in ("crn-jax", "jax", "flax"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # Run from a folder without an installation.
+      found[name] = "not installed"
+  return found | {"Python": ".".join(map(str, sys.version_info[:3]))}
 
 
 def command() -> str:

@@ -3,23 +3,21 @@
 import dataclasses
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import ml_collections
 import numpy as np
+from absl import logging
 
-from crn_jax import evaluate
-from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.registry import Dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.reports import cases, page, tables
+from crn_jax.reports.cases import Cases
 from crn_jax.reports.pictures import attention, curves, grid
-from crn_jax.retrieval import ranking
-from crn_jax.retrieval.encode import Encoder
+from crn_jax.reports.results import QUERY_KINDS, Results
+from crn_jax.retrieval import metrics
 from crn_jax.workdir import history, run
 
-_ROWS = 8  # Queries of a retrieval grid.
-_ATTENDED = 2  # Queries of a picture of attention: so many found and as many missed.
 _CUT_OFFS = 50  # The recall curve reaches at least to here, if the gallery does.
 _DRAWS = 2000  # Resamples of each interval of the recall curve.
 _PATTERNS = ("retrieval_*.png", "attention_*.png", "recall_curve.png", "loss_curves.png")
@@ -34,38 +32,51 @@ class _Section:
 
 
 def write(
-  encoder: Encoder,
-  variables,
-  vocabulary: Vocabulary,
+  config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
-  dataset: Dataset,
-  evaluation: Evaluation,
+  results: Results,
+  ranks: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+  shown: Sequence[Cases],
+  vocabulary: Vocabulary,
 ) -> list[pathlib.Path]:
   """Writes eval.json, the pictures and report.html, and removes pictures of an earlier evaluation.
 
+  A picture that cannot be drawn is left out with a warning: it costs no results.
+
   Args:
-    encoder: compiled encoders; its configuration is the run's.
-    variables: those evaluated, placed by the encoder's `parallel.replicate`.
-    vocabulary: of the run.
+    config: of the run.
     workdir: of the run; metrics.jsonl is read from there.
-    dataset: what was evaluated on.
-    evaluation: what was found.
+    results: what was found.
+    ranks: split -> protocol -> kind of query -> [queries] 0-based ranks of the targets.
+    shown: the queries to show, of every split.
+    vocabulary: of the run.
 
   Returns:
     The paths written.
   """
-  config, workdir, results = encoder.config, pathlib.Path(workdir), evaluation.results
+  workdir = pathlib.Path(workdir)
   folder = workdir / "pictures"
-  run.write_json(results, workdir / "eval.json")
-  sections = [_curves(config, workdir, dataset, evaluation)]
-  for split in dataset.evals:
-    figures = _grids(config, folder, split, evaluation)
-    figures.append(_attention(encoder, variables, vocabulary, folder, split, evaluation))
-    sections.append(_Section(f"Queries: {split.name}", tuple(figures)))
+  run.write_json(results.to_json(), workdir / "eval.json")
+  sections = [_curves(config, workdir, results, ranks, [c.split for c in shown])]
+  for split_cases in shown:
+    figures = _grids(folder, split_cases, results)
+    figures += _attention(config, folder, split_cases, results, vocabulary)
+    sections.append(_Section(f"Queries: {split_cases.split.name}", tuple(figures)))
+  written = [workdir / "eval.json"]
+  if _drawn(workdir / "report.html", lambda: _page(config, workdir, results, sections)):
+    written.append(workdir / "report.html")
+  drawn = [figure.path for section in sections for figure in section.figures]
+  for pattern in _PATTERNS:
+    for path in set(folder.glob(pattern)) - set(drawn):
+      path.unlink()
+  return [*written, *drawn]
+
+
+def _page(config, workdir, results: Results, sections: Sequence[_Section]) -> None:
   page.write(
     "report.html",
     workdir / "report.html",
-    title=f"{config.name}: composed image retrieval on {results['dataset']}",
+    title=f"{config.name}: composed image retrieval on {results.dataset}",
     summary=tables.describe(results),
     tables=tables.result_tables(results),
     notes=tables.notes(results),
@@ -73,115 +84,136 @@ def write(
     config=run.flat(run.as_json(config)),
     preset=config.preset,
   )
-  drawn = [figure.path for section in sections for figure in section.figures]
-  for pattern in _PATTERNS:
-    for path in set(folder.glob(pattern)) - set(drawn):
-      path.unlink()
-  return [workdir / "eval.json", workdir / "report.html", *drawn]
 
 
-def title(split: EvalSplit, protocol: str, results: dict) -> str:
+def _drawn(path: pathlib.Path, draw) -> bool:
+  """Whether a picture or page could be made; tells why not."""
+  try:
+    draw()
+  except Exception as error:  # Of any library that draws: results matter more.
+    logging.warning("%s: not drawn (%s: %s)", path, type(error).__name__, error)
+    return False
+  return True
+
+
+def title(split: EvalSplit, protocol: str, results: Results) -> str:
   """What the ranks of a split's pictures mean: everything that changes the numbers."""
-  dataset = results["dataset"].partition("/")[0]
+  dataset = results.dataset.partition("/")[0]
   name = split.name if split.name == dataset else f"{dataset}/{split.name}"
   return (
     f"{name}: {protocol}, gallery {len(split.galleries[protocol])}, reference "
-    f"{'excluded' if results['exclude_reference'] else 'kept'}, captions {results['captions']}, "
-    f"{evaluate.describe_selection(results)}"
+    f"{'excluded' if results.exclude_reference else 'kept'}, captions {results.captions}, "
+    f"{results.describe_selection()}"
   )
 
 
 def recall_curves(
-  config: ml_collections.ConfigDict, evaluation: Evaluation, dataset: Dataset
+  config: ml_collections.ConfigDict,
+  ranks: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+  splits: Sequence[EvalSplit],
+  chosen: str,
 ) -> list[curves.RecallCurve]:
   """Recall at every cut-off: composed queries in every protocol, then the other kinds of query.
 
   Over several splits the recalls are means, as in the results. Protocols whose galleries hold the
   same images share a curve, as one would hide the other.
+
+  Args:
+    config: the whole configuration.
+    ranks: as in `write`.
+    splits: all splits that were evaluated.
+    chosen: the breakdown protocol.
   """
-  chosen = evaluate.breakdown_protocol(config)
   same = {  # Protocol -> all those with the same galleries.
     p: [
       q
-      for q in dataset.evals[0].galleries
-      if all(set(s.galleries[p]) == set(s.galleries[q]) for s in dataset.evals)
+      for q in splits[0].galleries
+      if all(set(s.galleries[p]) == set(s.galleries[q]) for s in splits)
     ]
-    for p in dataset.evals[0].galleries
+    for p in splits[0].galleries
   }
   others = [names[0] for p, names in same.items() if names[0] == p and chosen not in names]
   lines = [(p, "composed") for p in (chosen, *others)]
-  lines += [(chosen, kind) for kind in evaluate.QUERY_KINDS if kind != "composed"]
+  lines += [(chosen, kind) for kind in QUERY_KINDS if kind != "composed"]
   found = []
   for protocol, kind in lines:
-    galleries = [len(s.galleries[protocol]) for s in dataset.evals]
-    ranks = [evaluation.ranks[s.name][protocol][kind] for s in dataset.evals]
+    galleries = [len(s.galleries[protocol]) for s in splits]
+    rows = [ranks[s.name][protocol][kind] for s in splits]
     ks = range(1, min(max(_CUT_OFFS, *config.eval.recall_at), *galleries) + 1)
-    recalls = np.mean([list(ranking.recall_at_k(r, ks).values()) for r in ranks], axis=0)
-    intervals = np.asarray([ranking.recall_interval(ranks, k, draws=_DRAWS) for k in ks])
+    recalls = np.mean([list(metrics.recall_at_k(r, ks).values()) for r in rows], axis=0)
+    intervals = np.asarray([metrics.recall_interval(rows, k, draws=_DRAWS) for k in ks])
     names = " = ".join(same[protocol]) if kind == "composed" else protocol
     label = f"{kind.replace('_', ' ')}, {names} (gallery {sum(galleries)})"
     found.append(curves.RecallCurve(label, recalls, intervals))
   return found
 
 
-def _curves(config, workdir, dataset: Dataset, evaluation: Evaluation) -> _Section:
-  results, folder = evaluation.results, workdir / "pictures"
-  path = folder / "recall_curve.png"
-  curves.recall_curves(
-    recall_curves(config, evaluation, dataset),
-    config.eval.recall_at,
-    path,
-    title=f"{tables.describe(results)}\n{_sentence(evaluate.describe_selection(results))}",
-  )
-  figures = [page.Figure("Recall at every cut-off", path, "dots at the reported ones")]
-  recorded = history.read(workdir)
-  if recorded.metrics("train/"):
-    path = folder / "loss_curves.png"
-    curves.training_curves(
-      recorded, path, title=f"{config.name}, {results['dataset']}: course of the training"
+def _curves(config, workdir, results: Results, ranks, splits) -> _Section:
+  folder, figures = workdir / "pictures", []
+
+  def recall(path):
+    curves.recall_curves(
+      recall_curves(config, ranks, splits, results.breakdown_protocol),
+      config.eval.recall_at,
+      path,
+      title=f"{tables.describe(results)}\n{_sentence(results.describe_selection())}",
     )
+
+  path = folder / "recall_curve.png"
+  if _drawn(path, lambda: recall(path)):
+    figures.append(page.Figure("Recall at every cut-off", path, "dots at the reported ones"))
+  recorded = history.read(workdir)
+  path = folder / "loss_curves.png"
+  title = f"{config.name}, {results.dataset}: course of the training"
+  if recorded.metrics("train/") and _drawn(
+    path, lambda: curves.training_curves(recorded, path, title=title)
+  ):
     note = "losses of the batches that were logged; recalls on the evaluation queries"
     figures.append(page.Figure("Course of the training", path, note))
   return _Section("Curves", tuple(figures))
 
 
-def _grids(config, folder, split: EvalSplit, evaluation: Evaluation) -> list[page.Figure]:
-  protocol = evaluation.results["breakdown_protocol"]
-  ranks = evaluation.ranks[split.name][protocol]["composed"]
+def _grids(folder, shown: Cases, results: Results) -> list[page.Figure]:
+  split, ranks = shown.split, shown.ranks
   n_found = int((ranks < cases.TOP).sum())
   kinds = (
-    ("", "All queries", cases.spread(np.arange(len(ranks)), _ROWS),
-     f"evenly spread over all {len(ranks)} queries"),
-    ("_found", "Found", cases.found(ranks, _ROWS),
+    ("all", "", "All queries", f"evenly spread over all {len(ranks)} queries"),
+    ("found", "_found", "Found",
      f"evenly spread over the {n_found} queries with the target in the top {cases.TOP}"),
-    ("_missed", "Missed", cases.missed(ranks, _ROWS),
+    ("missed", "_missed", "Missed",
      f"of the {len(ranks) - n_found} queries with the target outside the top {cases.TOP}, from "
      "the nearest miss to the farthest"),
   )  # fmt: skip
   figures = []
-  for suffix, name, chosen, how in kinds:
-    if not len(chosen):
+  for group, suffix, name, how in kinds:
+    if not len(shown.groups[group]):
       continue
     path = folder / f"retrieval_{split.name}{suffix}.png"
-    encoded = evaluation.encoded[split.name]
-    rows = cases.grid_rows(chosen, ranks, encoded, split, protocol, config)
-    heading = f"{title(split, protocol, evaluation.results)}. Rows: {how}"
-    grid.retrieval_grid(rows, path, title=heading)
-    figures.append(page.Figure(name, path, how))
+    heading = f"{title(split, shown.protocol, results)}. Rows: {how}"
+    if _drawn(
+      path,
+      lambda group=group, path=path, heading=heading: grid.retrieval_grid(
+        shown.grid_rows(group), path, title=heading
+      ),
+    ):
+      figures.append(page.Figure(name, path, how))
   return figures
 
 
-def _attention(encoder, variables, vocabulary, folder, split, evaluation) -> page.Figure:
-  protocol = evaluation.results["breakdown_protocol"]
-  ranks = evaluation.ranks[split.name][protocol]["composed"]
-  chosen = np.concatenate([cases.found(ranks, _ATTENDED), cases.missed(ranks, _ATTENDED)])
-  maps = encoder.attention(variables, split, chosen, vocabulary)
-  rows = cases.attention_rows(chosen, maps, ranks, split, protocol, vocabulary, encoder.config)
-  path = folder / f"attention_{split.name}.png"
-  heading = f"Attention. {title(split, protocol, evaluation.results)}"
-  attention.attention_maps(rows, path, title=heading)
+def _attention(config, folder, shown: Cases, results: Results, vocabulary) -> list[page.Figure]:
+  if not shown.attention:
+    return []
+  split, path = shown.split, folder / f"attention_{shown.split.name}.png"
+
+  def draw():
+    rows = cases.attention_rows(
+      shown.attended, shown.attention, shown.ranks, split, shown.protocol, vocabulary, config
+    )
+    heading = f"Attention. {title(split, shown.protocol, results)}"
+    attention.attention_maps(rows, path, title=heading)
+
   note = "found queries, then missed ones"
-  return page.Figure("Attention", path, note)
+  return [page.Figure("Attention", path, note)] if _drawn(path, draw) else []
 
 
 def _sentence(text: str) -> str:

@@ -3,8 +3,16 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from crn_jax import evaluate
 from crn_jax.input_pipeline.checks import missing
+from crn_jax.reports.results import Recalls, Results
+
+# What a protocol ranks and what it counts as a hit.
+PROTOCOLS = {
+  "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
+  "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
+  "eval_list": "the images of eval_im_names.txt; a target that is not among them is a miss",
+  "test_images": "all test images; any image with the target's caption is a hit",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,20 +60,20 @@ def as_text(table: Table) -> str:
   return "\n".join([*text, *([table.note] if table.note else [])])
 
 
-def recall_cells(recalls: dict, metrics: Sequence[str]) -> tuple[Cell, ...]:
+def recall_cells(recalls: Recalls | None, metrics: Sequence[str]) -> tuple[Cell, ...]:
   """Recalls in percent with their intervals; '-' where one was not measured."""
   cells = []
   for metric in metrics:
-    if metric not in recalls:
+    if recalls is None or metric not in recalls.percent:
       cells.append(Cell("-"))
       continue
-    low, high = recalls["intervals"][metric]
-    cells.append(Cell(f"{recalls[metric]:.2f}", f"{low:.1f}-{high:.1f}"))
+    low, high = recalls.intervals[metric]
+    cells.append(Cell(f"{recalls.percent[metric]:.2f}", f"{low:.1f}-{high:.1f}"))
   return tuple(cells)
 
 
-def results_as_text(results: dict) -> str:
-  """The results of an evaluation, as in eval.json, for a terminal."""
+def results_as_text(results: Results) -> str:
+  """The results of an evaluation for a terminal."""
   intervals = "Recall in percent; behind it the 95 % bootstrap interval over queries."
   parts = [f"{describe(results)}\n{intervals}", *map(as_text, result_tables(results))]
   if lines := notes(results):
@@ -73,78 +81,67 @@ def results_as_text(results: dict) -> str:
   return "\n\n".join(parts)
 
 
-def result_tables(results: dict) -> list[Table]:
-  """The results of an evaluation, as in eval.json, as tables."""
-  metrics = evaluate.metric_names(next(iter(results["protocols"].values())))
-  breakdown = results["breakdown_protocol"]
+def result_tables(results: Results) -> list[Table]:
+  """The results of an evaluation as tables."""
 
   def table(title, first, rows, note=""):
-    rows = tuple((name, recall_cells(recalls, metrics)) for name, recalls in rows)
-    return Table(title, (first, *metrics), rows, note)
+    rows = tuple((name, recall_cells(recalls, results.metrics)) for name, recalls in rows)
+    return Table(title, (first, *results.metrics), rows, note)
 
-  categories = results.get("categories", {})
-  rows = []
-  for protocol, recalls in results["protocols"].items():
-    name = f"{protocol}, gallery {recalls['gallery']}"
-    rows.append((f"{name} (mean of {len(categories)})" if categories else name, recalls))
-  tables = [
-    table(
-      f"Evaluated: {evaluate.describe_selection(results)}",
-      "protocol",
-      rows,
-      protocol_note(results["protocols"]),
-    )
-  ]
-  for other in results.get("beside", []):
-    rows = [(f"{p}, gallery {r['gallery']}", r) for p, r in other["protocols"].items()]
-    title = f"Beside it: {evaluate.describe_selection(other)}"
-    tables.append(table(title, "protocol", rows))
-  if categories:
+  summary, mean = results.summary, ""
+  if results.categories:
+    mean = f" (mean of {len(results.categories)})"
+  rows = [(f"{p}, gallery {r.counts['gallery']}{mean}", r) for p, r in summary.protocols.items()]
+  evaluated = f"Evaluated: {results.describe_selection()}"
+  tables = [table(evaluated, "protocol", rows, protocol_note(summary.protocols))]
+  for other in results.beside:
+    rows = [(f"{p}, gallery {r.counts['gallery']}", r) for p, r in other.summary.protocols.items()]
+    tables.append(table(f"Beside it: {other.describe_selection()}", "protocol", rows))
+  if results.categories:
     rows = [
-      (f"{name}: {protocol}, gallery {recalls['gallery']}", recalls)
-      for name, section in categories.items()
-      for protocol, recalls in section["protocols"].items()
+      (f"{name}: {protocol}, gallery {recalls.counts['gallery']}", recalls)
+      for name, category in results.categories.items()
+      for protocol, recalls in category.protocols.items()
     ]
     tables.append(table("By category", "category", rows))
-  rows = [(kind.replace("_", " "), recalls) for kind, recalls in results["by_query"].items()]
   tables.append(
     table(
-      f"By query, {breakdown}",
+      f"By query, {results.breakdown_protocol}",
       "query",
-      rows,
+      [(kind.replace("_", " "), recalls) for kind, recalls in summary.by_query.items()],
       "image only: the reference's own vector; text only: the text composed with a zero image.",
     )
   )
-  if "by_text_kind" in results:
+  if summary.by_text_kind is not None:
     rows = [
-      (f"{kind}, {recalls['n_queries']} queries", recalls)
-      for kind, recalls in results["by_text_kind"].items()
+      (f"{kind}, {recalls.counts['n_queries']} queries", recalls)
+      for kind, recalls in summary.by_text_kind.items()
     ]
-    tables.append(table(f"By kind of text, {breakdown}", "text", rows))
+    tables.append(table(f"By kind of text, {results.breakdown_protocol}", "text", rows))
   return tables
 
 
 def protocol_note(protocols: Iterable[str]) -> str:
   """What the protocols of a result mean."""
-  known = [f"{p} ranks {evaluate.PROTOCOLS[p]}" for p in protocols if p in evaluate.PROTOCOLS]
+  known = [f"{p} ranks {PROTOCOLS[p]}" for p in protocols if p in PROTOCOLS]
   warning = " Recalls of different protocols are not comparable." if len(known) > 1 else ""
-  return "; ".join(known) + "." + warning
+  return "; ".join(known) + "." + warning if known else ""
 
 
-def describe(results: dict) -> str:
+def describe(results: Results) -> str:
   """What the recalls of an evaluation mean, in one sentence."""
   return (
-    f"{results['dataset']}: {results['n_queries']} queries; captions {results['captions']}; "
-    f"reference image {'excluded from' if results['exclude_reference'] else 'kept in'} its ranking."
+    f"{results.dataset}: {results.summary.n_queries} queries; captions {results.captions}; "
+    f"reference image {'excluded from' if results.exclude_reference else 'kept in'} its ranking."
   )
 
 
-def notes(results: dict) -> list[str]:
+def notes(results: Results) -> list[str]:
   """What else belongs to the results, in sentences."""
   notes = []
-  if "ceilings" in results:
-    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results["ceilings"].items())
+  if results.ceilings:
+    ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results.ceilings.items())
     notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
-  if "skipped" in results:
-    notes += missing.describe_skipped(results["skipped"]).splitlines()
+  if results.skipped:
+    notes += missing.describe_skipped(results.skipped).splitlines()
   return notes

@@ -1,4 +1,4 @@
-"""Retrieval by dot product: joined vectors, ranks of the targets, the first k, Recall@K.
+"""Retrieval by dot product: ranks of the targets, the first k.
 
 A target's rank is a count, not a position in a sorted list: the number of gallery items that score
 above it. That costs little more than the score product, and blocks of queries keep memory at
@@ -10,7 +10,7 @@ Features are compared in float32. Nothing here knows what a query or a gallery i
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,38 +25,8 @@ EXCLUDED_SCORE = -1e11
 BLOCK_SIZE = 256
 _COUNT_WIDTH = 1024
 
-_MIN_NORM = 1e-12
 # Bytes to which XLA wants the arrays of a CPU aligned.
 _ALIGNMENT = 64
-
-
-def combine(local: Array, global_: Array) -> Array:
-  """Joins the features of the two branches into one retrieval vector of unit length.
-
-  normalise([normalise(local), normalise(global_)]) with normalise(x) = x / max(|x|, 1e-12): each
-  branch has half of the weight whatever its scale. An all-zero feature stays zero.
-
-  Args:
-    local: [n, d1] features of the local branch.
-    global_: [n, d2] features of the global branch.
-
-  Returns:
-    [n, d1 + d2] float32; a jax.Array if `local` is one, else a numpy array.
-
-  Raises:
-    ValueError: the inputs are not two matrices with equally many rows.
-  """
-  if local.ndim != 2 or global_.ndim != 2 or len(local) != len(global_):
-    raise ValueError(
-      f"expected local [n, d1] and global_ [n, d2], got {local.shape} and {global_.shape}"
-    )
-  xp = jnp if isinstance(local, jax.Array) else np
-
-  def normalise(x):
-    x = xp.asarray(x, dtype=np.float32)
-    return x / xp.maximum(xp.sqrt(xp.sum(x * x, axis=-1, keepdims=True)), _MIN_NORM)
-
-  return normalise(xp.concatenate([normalise(local), normalise(global_)], axis=-1))
 
 
 def empty_features(n: int, d: int) -> np.ndarray:
@@ -153,54 +123,6 @@ def top_k(
     indices[rows] = np.asarray(best)[: rows.stop - rows.start]
     scores[rows] = np.asarray(best_scores)[: rows.stop - rows.start]
   return indices, scores
-
-
-def recall_at_k(ranks: Array, ks: Iterable[int]) -> dict[int, float]:
-  """Share of queries whose target is among the first k of their ranking.
-
-  Args:
-    ranks: [q] int, 0-based rank of the target, as from `target_ranks`.
-    ks: cut-offs, e.g. (1, 10, 50). A target that is not in the gallery is a miss only up to k = g.
-
-  Returns:
-    {k: percent in [0, 100]} of all queries.
-
-  Raises:
-    ValueError: there are no queries.
-  """
-  ranks = np.asarray(ranks)
-  if ranks.size == 0:
-    raise ValueError("recall of no queries is undefined: ranks is empty")
-  return {k: 100.0 * float(np.mean(ranks < k)) for k in ks}
-
-
-def recall_interval(
-  ranks: Sequence[Array], k: int, *, level: float = 95.0, draws: int = 10_000
-) -> tuple[float, float]:
-  """Bootstrap interval over queries of a recall, or of the mean of several recalls.
-
-  The number of hits in a resample of n queries, drawn with replacement, is binomial: it is drawn
-  as such, which is the same bootstrap without the resampling. Reproducible (fixed seed).
-
-  Args:
-    ranks: for each recall of the mean, [q] int 0-based ranks of the targets; resampled separately.
-    k: cut-off.
-    level: share of the bootstrap distribution inside the interval, in percent.
-    draws: resamples.
-
-  Returns:
-    (low, high) in percent.
-
-  Raises:
-    ValueError: there are no queries.
-  """
-  rng = np.random.default_rng(0)
-  means = np.zeros(draws)
-  for r in ranks:
-    (share,) = recall_at_k(r, [k]).values()
-    means += rng.binomial(len(r), share / 100.0, draws) / len(r) / len(ranks)
-  low, high = 100.0 * np.quantile(means, [0.5 - level / 200.0, 0.5 + level / 200.0])
-  return float(low), float(high)
 
 
 @jax.jit

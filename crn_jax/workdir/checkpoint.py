@@ -1,8 +1,11 @@
 """Checkpoints of a run: the last two and the best, by Orbax, written in the background.
 
-A checkpoint appears complete or not at all, carries a checksum, and takes the place of an older one
+A checkpoint appears complete or not at all, carries checksums, and takes the place of an older one
 only once it is complete. So whatever happens there is one to continue from: a full disk keeps the
 one before, and a damaged one is passed over for the one before.
+
+Who only reads (evaluation, export) opens the folder with `CheckpointReader`, which changes nothing
+in it, so that it may be used beside a training.
 """
 
 import concurrent.futures
@@ -11,6 +14,8 @@ import os
 import pathlib
 import shutil
 import zlib
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,28 +23,170 @@ import orbax.checkpoint as ocp
 from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from crn_jax.methods.crn import TrainState
+from crn_jax.errors import UserError
 
 _METRIC, _ORDER = "best_metric", "minus_step"
+_ITEM = "default"  # Orbax's name of a checkpoint's only item.
+_SHOWN = 5  # Differences of structure that a message names.
 
 
-class Checkpoints:
-  """The checkpoints in a folder; a context manager that waits for writing to end."""
+class DamagedError(UserError):
+  """A checkpoint whose bytes are not those that were written."""
+
+
+class CheckpointReader:
+  """The checkpoints in a folder, to read; another process may write there meanwhile."""
 
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder).absolute()
+    logging.get_absl_handler().addFilter(_not_of_orbax)
+    self._manager = self._open()
+
+  def _open(self) -> ocp.CheckpointManager:
+    # Lightweight: otherwise Orbax reads the metrics of all checkpoints at once.
+    return ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True),
+    )
+
+  def __enter__(self) -> "CheckpointReader":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._manager.close()
+
+  def steps(self) -> list[int]:
+    """Steps of all checkpoints that are there now, rising."""
+    return steps(self._folder)
+
+  def best_step(self) -> int | None:
+    """Step of the checkpoint with the highest metric, or None if none was evaluated.
+
+    Of equal ones it is the earlier: as in the PyTorch release, a later one must be strictly better.
+    """
+    found = {step: _metric(self._folder / str(step)) for step in self.steps()}
+    found = {step: metric for step, metric in found.items() if metric is not None}
+    return max(found, key=lambda step: (found[step], -step), default=None)
+
+  def results(self, step: int) -> dict | None:
+    """Results that were saved with a checkpoint, or None."""
+    return self._metadata(step).get("results")
+
+  def restore(self, step: int, like: Any) -> Any:
+    """Reads the state of a step.
+
+    Args:
+      step: one of `steps()`.
+      like: a state of the same structure and shapes; arrays or `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The state, of numpy arrays.
+
+    Raises:
+      DamagedError: if its bytes are not those that were written.
+      UserError: if it cannot be read, or is a state of another structure.
+    """
+    return self._checked(step, lambda: self._restore_whole(step, like))
+
+  def restore_fields(self, step: int, like: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    """Reads some fields of the state of a step: {field: tree of numpy arrays}; see `restore`.
+
+    Without the optimizer's moments a state is a third of its size.
+    """
+    return self._checked(step, lambda: self._restore_fields(step, like, fields))
+
+  def _restore_whole(self, step: int, like: Any) -> Any:
+    state = self._read_arrays(step, like)
+    metadata = self._metadata(step)
+    if "checksums" in metadata:
+      self._compare(step, {f: checksum(tree) for f, tree in _fields(state).items()})
+    elif metadata.get("checksum") != checksum(state):  # As written before fields had their own.
+      raise DamagedError(f"{self._folder / str(step)}: damaged checkpoint (its checksum is wrong)")
+    return state
+
+  def _restore_fields(self, step: int, like: Any, fields: tuple[str, ...]) -> dict[str, Any]:
+    if "checksums" not in self._metadata(step):
+      whole = _fields(self._restore_whole(step, like))
+      return {field: whole[field] for field in fields}
+    found = self._read_arrays(step, {field: getattr(like, field) for field in fields})
+    self._compare(step, {field: checksum(tree) for field, tree in found.items()})
+    return found
+
+  def _compare(self, step: int, found: dict[str, str]) -> None:
+    expected = self._metadata(step)["checksums"]
+    wrong = [field for field, value in found.items() if expected.get(field) != value]
+    if wrong:
+      raise DamagedError(
+        f"{self._folder / str(step)}: damaged checkpoint (checksum of {', '.join(wrong)} is wrong)"
+      )
+
+  def _read_arrays(self, step: int, like: Any) -> Any:
+    folder = self._folder / str(step) / _ITEM
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+      saved = checkpointer.metadata(folder).item_metadata
+      if saved is None:  # Orbax does not say why.
+        raise ValueError("the list of its arrays cannot be read")
+      _check_structure(self._folder / str(step), saved.tree, abstract)
+      as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), abstract)
+      return checkpointer.restore(
+        folder,
+        args=ocp.args.PyTreeRestore(item=abstract, restore_args=as_numpy, partial_restore=True),
+      )
+
+  def _checked(self, step: int, read: Callable[[], Any]) -> Any:
+    """Tells apart what can go wrong in reading: the device, the bytes, the program."""
+    path = self._folder / str(step)
+    try:
+      return read()
+    except UserError:
+      raise
+    except _PROGRAMMING_ERRORS:
+      raise
+    except Exception as error:  # Orbax and TensorStore raise many kinds.
+      reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if not path.exists():
+      raise UserError(f"{path}: is gone; a training has replaced it. Start the same command again")
+    unreadable = _unreadable(path)
+    if unreadable is not None:
+      raise UserError(
+        f"{path}: cannot be read ({unreadable}); nothing was changed. Mend the disk or its "
+        f"connection, then start the same command again"
+      )
+    try:
+      return read()  # The bytes can be read now: what failed may have been of the moment.
+    except _PROGRAMMING_ERRORS:
+      raise
+    except UserError:
+      raise
+    except Exception as error:
+      raise DamagedError(f"{path}: damaged checkpoint ({reason})") from error
+
+  def _metadata(self, step: int) -> dict:
+    return self._manager.metadata(step).custom_metadata or {}
+
+
+class Checkpoints(CheckpointReader):
+  """The checkpoints in a folder, to write; a context manager that waits for writing to end.
+
+  One process at a time may have it open: see `workdir.lock`.
+  """
+
+  def __init__(self, folder: str | os.PathLike):
+    super().__init__(folder)
+    self._writing: int | None = None
+
+  def _open(self) -> ocp.CheckpointManager:
+    self._set_aside_unreadable_metrics()
 
     def rank(metrics):
-      # Of equal ones the earlier: as the release, a later one must be strictly better.
       return metrics[_METRIC], metrics[_ORDER]
 
     policies = [
       preservation_policy.LatestN(2),
       preservation_policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False),
     ]
-    logging.get_absl_handler().addFilter(_not_of_orbax)
-    self._set_aside_unreadable_metrics()
-    self._manager = ocp.CheckpointManager(
+    return ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         best_fn=rank,
@@ -47,38 +194,19 @@ class Checkpoints:
         cleanup_tmp_directories=True,
       ),
     )
-    self._writing: int | None = None
-
-  def __enter__(self) -> "Checkpoints":
-    return self
 
   def __exit__(self, *_) -> None:
     self.wait()
-    self._manager.close()
+    super().__exit__()
 
-  def steps(self) -> list[int]:
-    """Steps of all checkpoints, rising."""
-    return sorted(self._manager.all_steps())
-
-  def best_step(self) -> int | None:
-    """Step of the checkpoint with the highest metric, or None if none was evaluated."""
-    step = self._manager.best_step()
-    return step if step is not None and self._manager.metrics(step) is not None else None
-
-  def results(self, step: int) -> dict | None:
-    """Results that were saved with a checkpoint, or None."""
-    return self._metadata(step).get("results")
-
-  def save(
-    self, state: TrainState, metric: float | None = None, results: dict | None = None
-  ) -> None:
+  def save(self, state: Any, metric: float | None = None, results: dict | None = None) -> None:
     """Starts writing a state; returns as soon as the one before is written.
 
-    A failure (a full disk) is no error: it is told as a warning, when it shows, which is at the
-    next call of this class; the checkpoints there are stay as they are.
+    A failure of the disk (it is full) is no error: it is shown as a warning at the next call of
+    this class; the checkpoints there are stay as they are.
 
     Args:
-      state: host arrays, one copy (not one a device).
+      state: dataclass with the field `step`; host arrays, one copy (not one a device).
       metric: value of eval.best_metric at this state, if it was evaluated.
       results: results of the evaluation, if there was one.
     """
@@ -87,21 +215,22 @@ class Checkpoints:
     free, needed = shutil.disk_usage(self._folder).free, size_in_bytes(state)
     if free < needed:
       # Not even tried: Orbax would fill the disk for others and print a traceback an array.
-      self._tell_not_written(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
+      self._warn_not_written(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
       return
     order = {_METRIC: metric, _ORDER: -step}
+    checksums = {field: checksum(tree) for field, tree in _fields(state).items()}
     self._attempt(
       step,
       lambda: self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
         metrics=None if metric is None else order,
-        custom_metadata={"checksum": checksum(state), "results": results},
+        custom_metadata={"checksums": checksums, "results": results},
       ),
     )
     self._writing = step
 
-  def check_space(self, state: TrainState) -> None:
+  def check_space(self, state: Any) -> None:
     """Warns if the disk cannot hold what a run keeps: three checkpoints, and one being written."""
     free, needed = shutil.disk_usage(self._folder).free, 4 * size_in_bytes(state)
     if not self.steps() and free < needed:
@@ -113,60 +242,40 @@ class Checkpoints:
       )
 
   def poll(self) -> None:
-    """Tells of a failure to write, if one has shown by now."""
+    """Warns of a failure to write, if one has shown by now."""
     if not self._manager.is_saving_in_progress():
       self.wait()
 
   def wait(self) -> None:
-    """Waits until everything is written, and tells of a failure."""
+    """Waits until everything is written, and warns of a failure."""
     if self._writing is not None:
       step, self._writing = self._writing, None
       self._attempt(step, self._manager.wait_until_finished)
 
   def require(self, step: int) -> None:
-    """Waits, and raises OSError if the checkpoint of a step is not there."""
+    """Waits, and raises UserError if the checkpoint of a step is not there."""
     self.wait()
     if step not in self.steps():
       last = f"continues from step {self.steps()[-1]}" if self.steps() else "starts anew"
-      raise OSError(
+      raise UserError(
         f"{self._folder}: the checkpoint at step {step} could not be written; free disk space, "
         f"then the same command {last}"
       )
 
-  def restore(self, step: int, like: TrainState) -> TrainState:
-    """Reads the state of a step.
-
-    Args:
-      step: one of `steps()`.
-      like: a state of the same structure and shapes.
-
-    Raises:
-      ValueError: if the checkpoint is damaged.
-    """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    expected = self._metadata(step).get("checksum")
-    try:
-      state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-    except Exception as error:  # Orbax and TensorStore raise many kinds.
-      reason = str(error).splitlines()[0]
-      raise ValueError(f"{self._folder / str(step)}: damaged checkpoint ({reason})") from error
-    if checksum(state) != expected:
-      raise ValueError(f"{self._folder / str(step)}: damaged checkpoint (its checksum is wrong)")
-    return state
-
-  def restore_last(self, like: TrainState) -> TrainState | None:
+  def restore_last(self, like: Any) -> Any | None:
     """Reads the newest checkpoint that is not damaged; None if there is no checkpoint.
 
     Damaged ones are set aside in the folder `damaged` beside the checkpoints, with a warning.
 
     Raises:
-      ValueError: if all are damaged.
+      UserError: if all are damaged; if one cannot be read or has another structure, in which case
+        nothing is moved.
     """
     damaged = []
     for step in reversed(self.steps()):
       try:
         state = self.restore(step, like)
-      except ValueError as error:
+      except DamagedError as error:
         damaged.append((step, str(error)))
         continue
       for bad_step, message in damaged:
@@ -176,27 +285,26 @@ class Checkpoints:
       return state
     if damaged:
       messages = "\n  ".join(message for _, message in damaged)
-      raise ValueError(
+      raise UserError(
         f"no checkpoint can be read:\n  {messages}\n"
         f"Restore the folder from a copy, or train anew with another --workdir"
       )
     return None
 
-  def _attempt(self, step: int, write) -> None:
+  def _attempt(self, step: int, write: Callable[[], Any]) -> None:
     try:
       write()
-    except Exception as error:  # As above; what failed is the disk, and the run must go on.
+    except Exception as error:
+      if not _of_the_disk(error):
+        raise
       self._manager.reload()
       for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial, ignore_errors=True)  # It fills the disk.
-      self._tell_not_written(step, str(error).splitlines()[0][:200])
+      self._warn_not_written(step, str(error).splitlines()[0][:200])
 
-  def _tell_not_written(self, step: int, reason: str) -> None:
+  def _warn_not_written(self, step: int, reason: str) -> None:
     kept = f"the one at step {self.steps()[-1]} is kept" if self.steps() else "there is none yet"
     logging.warning("checkpoint at step %d was not written (%s); %s", step, reason, kept)
-
-  def _metadata(self, step: int) -> dict:
-    return self._manager.metadata(step).custom_metadata or {}
 
   def _set_aside(self, step: int) -> pathlib.Path:
     aside = self._folder.parent / "damaged" / str(step)
@@ -208,26 +316,29 @@ class Checkpoints:
 
   def _set_aside_unreadable_metrics(self) -> None:
     """Orbax reads the metrics of all checkpoints at once and fails if one is damaged."""
-    for path in self._folder.glob("*/metrics/metrics"):
+    for step in steps(self._folder):
+      path = _metrics_path(self._folder / str(step))
       try:
         json.loads(path.read_text())
+      except FileNotFoundError:
+        continue
       except ValueError:
-        aside = self._set_aside(int(path.parts[-3]))
+        aside = self._set_aside(step)
         logging.warning("%s: damaged checkpoint; moved to %s", path, aside)
 
 
-def exists(folder: str | os.PathLike) -> bool:
-  """Whether a folder of checkpoints holds one, damaged or not."""
-  return any(path.name.isdigit() for path in pathlib.Path(folder).glob("*"))
+def steps(folder: str | os.PathLike) -> list[int]:
+  """Steps of the checkpoints in a folder, damaged or not, rising; none if there is no folder."""
+  return sorted(int(path.name) for path in pathlib.Path(folder).glob("*") if path.name.isdigit())
 
 
-def size_in_bytes(state: TrainState) -> int:
+def size_in_bytes(state: Any) -> int:
   """Bytes of all arrays of a state: what a checkpoint of it takes, or a little more."""
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def checksum(state: TrainState) -> str:
-  """CRC-32 over all arrays of a state, in the order of the tree.
+def checksum(tree: Any) -> str:
+  """CRC-32 over all arrays of a tree, in its order.
 
   Orbax detects what is missing or cut short, but not changed bytes.
   """
@@ -237,10 +348,75 @@ def checksum(state: TrainState) -> str:
 
   # In threads: zlib works outside Python's lock, and a Swin-L state has gigabytes.
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    parts = list(pool.map(crc, jax.tree.leaves(state)))
+    parts = list(pool.map(crc, jax.tree.leaves(tree)))
   return f"{zlib.crc32(np.asarray(parts, np.uint32).tobytes()):08x}"
 
 
+# Never a sign of a damaged file.
+_PROGRAMMING_ERRORS = (TypeError, AttributeError, NameError, ImportError, MemoryError)
+
+
+def _fields(state: Any) -> dict[str, Any]:
+  return {name: getattr(state, name) for name in state.__dataclass_fields__}
+
+
+def _check_structure(path: pathlib.Path, saved: Any, like: Any) -> None:
+  """Raises UserError if a checkpoint holds other arrays than `like` asks for."""
+  found = {leaf.name: tuple(leaf.shape) for leaf in jax.tree.leaves(saved)}
+  wanted = {
+    jax.tree_util.keystr(key, simple=True, separator="."): tuple(leaf.shape)
+    for key, leaf in jax.tree_util.tree_leaves_with_path(like)
+  }
+  fields = {name.partition(".")[0] for name in wanted}
+  found = {name: shape for name, shape in found.items() if name.partition(".")[0] in fields}
+  different = [n for n in sorted(found | wanted) if found.get(n) != wanted.get(n)]
+  if different:
+    shown = [
+      f"{n}: {found.get(n, 'absent')} in the checkpoint, {wanted.get(n, 'absent')} expected"
+      for n in different[:_SHOWN]
+    ]
+    more = f"\n  ... and {len(different) - _SHOWN:,} more" if len(different) > _SHOWN else ""
+    raise UserError(
+      f"{path}: a state of another structure, {len(different):,} arrays differ:\n  "
+      + "\n  ".join(shown)
+      + f"{more}\nUse the configuration and the version that wrote it; nothing was changed"
+    )
+
+
+def _metrics_path(folder: pathlib.Path) -> pathlib.Path:
+  return folder / "metrics" / "metrics"
+
+
+def _metric(folder: pathlib.Path) -> float | None:
+  """The metric that was saved with a checkpoint; None if there is none, or none to be read."""
+  try:
+    return json.loads(_metrics_path(folder).read_text())[_METRIC]
+  except (FileNotFoundError, ValueError, KeyError, TypeError):
+    return None
+
+
+def _unreadable(folder: pathlib.Path) -> str | None:
+  """Why the bytes below a folder cannot be read now; None if they can."""
+  try:
+    for path in folder.rglob("*"):
+      if path.is_file():
+        with open(path, "rb") as file:
+          while file.read(1 << 24):
+            pass
+  except OSError as error:
+    return str(error)
+  return None
+
+
+def _of_the_disk(error: BaseException | None) -> bool:
+  """Whether the system refused to write; TensorStore tells of it in its message only."""
+  while error is not None:
+    if isinstance(error, OSError) or "OS error" in str(error) or "Error writing" in str(error):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
 def _not_of_orbax(record) -> bool:
-  """Log filter: Orbax logs habits, and pages of traceback for errors that are told here."""
+  """Log filter: Orbax logs habits, and pages of traceback for errors that are reported here."""
   return "orbax" not in record.pathname

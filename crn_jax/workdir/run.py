@@ -3,10 +3,11 @@
 import json
 import os
 import pathlib
+import shutil
 
 import ml_collections
 
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.errors import UserError
 from crn_jax.workdir import files
 
 # Fields that do not change what a step computes, and so may differ when a run is continued.
@@ -14,12 +15,25 @@ FREE_FIELDS = (
   "log_every_steps",
   "checkpoint_every_steps",
   "num_epochs",
+  "eval",
   "parallel.mode",
   "data.root",
   "data.cache_images",
   "data.prepared",  # The pixels are the same.
   "data.on_missing",  # If other triplets remain, `check_data` refuses to continue.
 )
+
+# Fields that are newer than some runs, and what those runs did.
+_ADDED = {
+  "method": "crn",
+  "model.backbone.mean": None,
+  "model.backbone.std": None,
+  "model.backbone.interpolation": None,
+}
+
+# What a run leaves in its folder.
+_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
+            "events.out.tfevents.*", "eval.json", "report.html", "pictures")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -35,12 +49,12 @@ def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   """The configuration of an existing run."""
-  return ml_collections.ConfigDict(_read_json(pathlib.Path(workdir) / "config.json"))
+  return ml_collections.ConfigDict(_read_config(workdir))
 
 
-def save_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
-  """Writes data.json: what `check_data` and `known_digest` need."""
-  facts = {"fingerprint": dataset.fingerprint, "image_digest": dataset.image_digest}
+def save_data(workdir: str | os.PathLike, *, fingerprint: str, image_digest: str) -> None:
+  """Writes data.json: what `check_data` and `known_digest` need, see `Dataset`."""
+  facts = {"fingerprint": fingerprint, "image_digest": image_digest}
   write_json(facts, pathlib.Path(workdir) / "data.json")
 
 
@@ -49,15 +63,47 @@ def known_digest(workdir: str | os.PathLike) -> str | None:
   return _saved_data(workdir).get("image_digest")
 
 
-def check_data(dataset: Dataset, workdir: str | os.PathLike) -> None:
-  """Raises ValueError if a run was begun with other training triplets than these."""
-  saved = _saved_data(workdir).get("fingerprint", dataset.fingerprint)
-  if saved != dataset.fingerprint:
-    raise ValueError(
+def check_data(fingerprint: str, workdir: str | os.PathLike) -> None:
+  """Raises UserError if a run was begun with other training triplets than these."""
+  if _saved_data(workdir).get("fingerprint", fingerprint) != fingerprint:
+    raise UserError(
       f"{workdir}: the training triplets are not those that this run was begun with, so it cannot "
       f"be continued exactly. Restore the data (were images skipped, or fetched since?), or choose "
       f"another --workdir"
     )
+
+
+def check_folder(workdir: str | os.PathLike) -> None:
+  """Raises UserError unless a run can be written to this folder; nothing is written."""
+  path = pathlib.Path(workdir).absolute()
+  there = next(p for p in (path, *path.parents) if p.exists())
+  if not there.is_dir():
+    raise UserError(f"{there}: is no folder; choose another --workdir")
+  if not os.access(there, os.W_OK | os.X_OK):
+    raise UserError(f"{there}: cannot be written to; choose another --workdir")
+
+
+def check_trained(workdir: str | os.PathLike) -> None:
+  """Raises UserError unless the folder holds a trained run."""
+  for name in ("config.json", "vocab.json", "checkpoints"):
+    path = pathlib.Path(workdir) / name
+    if not path.exists():
+      raise UserError(
+        f"{path}: not found, so {workdir} holds no trained run. Name the folder of a run with "
+        f"--workdir, or train one with --mode=train"
+      )
+
+
+def remove(workdir: str | os.PathLike) -> None:
+  """Removes everything that a run writes; other files stay."""
+  for pattern in _WRITTEN:
+    for path in pathlib.Path(workdir).glob(pattern):
+      if path.is_dir():
+        # At once out of the way: half of the checkpoints must not be taken for a run.
+        removed = path.rename(path.with_name(f".{path.name}.removed"))
+        shutil.rmtree(removed)
+      else:
+        path.unlink()
 
 
 def write_json(content: dict, path: pathlib.Path) -> None:
@@ -77,12 +123,11 @@ def check_config(
     free: dotted names of fields, or of groups of fields, that may differ.
 
   Raises:
-    ValueError: lists the fields that differ.
+    UserError: lists the fields that differ.
   """
-  path = pathlib.Path(workdir) / "config.json"
-  if not path.exists():
+  if not (pathlib.Path(workdir) / "config.json").exists():
     return
-  saved = flat(_read_json(path))
+  saved = flat(_read_config(workdir))
   wanted = flat(as_json(config))
   differences = [
     f"{name}: {saved.get(name, 'absent')!r} in the run, {wanted.get(name, 'absent')!r} now"
@@ -91,7 +136,7 @@ def check_config(
     and not any(name == field or name.startswith(field + ".") for field in free)
   ]
   if differences:
-    raise ValueError(
+    raise UserError(
       f"{workdir} holds a run with another configuration:\n  "
       + "\n  ".join(differences)
       + "\nChoose another --workdir, or change these fields back to continue that run. "
@@ -120,10 +165,24 @@ def _saved_data(workdir: str | os.PathLike) -> dict:
   return _read_json(path) if path.exists() else {}
 
 
+def _read_config(workdir: str | os.PathLike) -> dict:
+  """config.json, with the fields that are newer than it."""
+  config = _read_json(pathlib.Path(workdir) / "config.json")
+  for name, value in _ADDED.items():
+    *groups, field = name.split(".")
+    group = config
+    for key in groups:
+      group = group.setdefault(key, {})
+    group.setdefault(field, value)
+  return config
+
+
 def _read_json(path: pathlib.Path) -> dict:
+  mend = "restore it or choose another --workdir"
   try:
-    return json.loads(path.read_text())
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"{path}: not valid JSON ({error}); restore it or choose another --workdir"
-    ) from error
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:  # Malformed JSON or UTF-8.
+    raise UserError(f"{path}: not valid JSON ({error}); {mend}") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{path}: expected an object, found a {type(content).__name__}; {mend}")
+  return content

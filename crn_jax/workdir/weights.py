@@ -1,106 +1,35 @@
-"""Initial variables: random, or with a pretrained backbone in both branches.
+"""Folders of pretrained weights, as convert_torch_weights.py writes them.
 
-Pretrained backbones are folders that convert_torch_weights.py writes: an Orbax checkpoint of the
-parameters, with metadata about where they come from and what they fit.
+Each is an Orbax checkpoint of a backbone's variables, with metadata about where they come from and
+what they fit.
 """
 
 import os
 import pathlib
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import traverse_util
 
-from crn_jax.input_pipeline import images
-from crn_jax.models.backbones import registry
-from crn_jax.models.crn import BRANCHES, CRN
+from crn_jax.errors import UserError
 from crn_jax.workdir import files
 
 _TABLE = "relative_position_bias_table"
-
-
-def initial_variables(
-  model: CRN, config: ml_collections.ConfigDict, *, pretrained: bool = True
-) -> dict:
-  """Variables before training, from `config.seed`.
-
-  Both backbones start from `config.model.pretrained`, if it is set and `pretrained`; see
-  `check_pretrained` for what is raised.
-  """
-  init = jax.jit(model.init, static_argnums=(1, 2))
-  variables = init(jax.random.key(config.seed), config.data.image_size, config.data.max_words)
-  path = config.model.pretrained
-  if path and pretrained:
-    check_pretrained(config)
-    for name in BRANCHES:
-      own = {c: tree[name] for c, tree in variables.items() if "backbone" in tree[name]}
-      loaded = load_backbone(path, {c: tree["backbone"] for c, tree in own.items()})
-      for collection, tree in own.items():
-        tree["backbone"] = loaded[collection]
-  return variables
-
-
-def check_pretrained(config: ml_collections.ConfigDict) -> None:
-  """Checks, from the metadata alone, that `config.model.pretrained` is there and fits.
-
-  Raises:
-    FileNotFoundError: if the folder of pretrained weights is not there.
-    ValueError: if it holds none, or those of another backbone than `config.model.backbone`.
-  """
-  path = config.model.pretrained
-  if not path:
-    return
-  if not pathlib.Path(path).exists():
-    raise FileNotFoundError(
-      f"{path}: pretrained backbone weights (model.pretrained) not found. Make the folder with\n"
-      f"  python convert_torch_weights.py --input=MODEL.safetensors --output={path}\n"
-      f"from published weights (docs/weights.md lists the kinds), or start from random values: "
-      f"--config.model.pretrained=''"
-    )
-  metadata = read_metadata(path)
-  found = metadata["architecture"]
-  module = registry.create(config.model.backbone)
-  wanted = {key: getattr(module, key, None) for key in found if key != "module"}
-  wanted["module"] = type(module).__name__
-  # Tables of another window are interpolated.
-  differences = [
-    f"model.backbone.{key}: {found[key]} in the weights, {wanted[key]} in the configuration"
-    for key in sorted(found.keys() - {"window_size"})
-    if _plain(found[key]) != _plain(wanted[key])
-  ]
-  if differences:
-    raise ValueError(
-      f"{path}: weights of another backbone:\n  " + "\n  ".join(differences) + "\n"
-      "Change model.backbone, or convert other weights to another folder."
-    )
-  prepared = metadata["preprocessing"]
-  ours = {"mean": images.IMAGENET_MEAN, "std": images.IMAGENET_STD}
-  for key, value in ours.items():
-    if not np.allclose(prepared[key], value, atol=1e-3):
-      logging.warning(
-        "%s: trained on images normalised with %s %s; here it is %s",
-        path,
-        key,
-        prepared[key],
-        value,
-      )
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
   """What convert_torch_weights.py recorded: architecture, kind, preprocessing, source.
 
   Raises:
-    ValueError: if the path is no folder that it wrote.
+    UserError: if the path is no folder that it wrote.
   """
   path = pathlib.Path(path).absolute()
   try:
     with ocp.StandardCheckpointer() as checkpointer:
       return dict(checkpointer.metadata(path).custom_metadata["backbone"])
   except Exception as error:  # Orbax raises many kinds.
-    raise ValueError(
+    raise UserError(
       f"{path}: not a folder of backbone weights written by convert_torch_weights.py "
       f"({type(error).__name__}); convert the weights again"
     ) from error
@@ -119,10 +48,10 @@ def save_backbone(
     force: whether a folder that is there may be replaced.
 
   Raises:
-    FileExistsError: if the path exists and `force` is not given.
+    UserError: if the path exists and `force` is not given.
   """
   if pathlib.Path(path).exists() and not force:
-    raise FileExistsError(f"{path}: exists already")
+    raise UserError(f"{path}: exists already")
   # Nothing changes the arrays while they are written: Orbax need not copy them before.
   registry = ocp.type_handlers.create_type_handler_registry(
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
@@ -145,7 +74,7 @@ def load_backbone(path: str | os.PathLike, like: dict) -> dict:
     like: {'params'[, 'batch_stats']} of the backbone, for structure and shapes.
 
   Raises:
-    ValueError: if the folder holds other variables; names the differences.
+    UserError: if the folder holds other variables; names the differences.
   """
   with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
     folder = pathlib.Path(path).absolute()
@@ -166,7 +95,7 @@ def load_backbone(path: str | os.PathLike, like: dict) -> dict:
       if found.get(k) != expected.get(k)
     ]
     shown = "\n  ".join(differences)
-    raise ValueError(
+    raise UserError(
       f"{path}: not the weights of this backbone, {len(differences)} differences:\n  {shown}\n"
       f"Check model.backbone and data.image_size, or convert the weights again."
     )
@@ -209,7 +138,3 @@ def _knots(n: int, reach: int) -> np.ndarray:
       low = ratio
   positive = np.cumsum(ratio ** np.arange(n))
   return np.concatenate([-positive[::-1], [0.0], positive])
-
-
-def _plain(value):
-  return list(value) if isinstance(value, (list, tuple)) else value

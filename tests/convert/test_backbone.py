@@ -12,6 +12,7 @@ import pytest
 import safetensors.numpy
 
 from configs import default
+from crn_jax import state
 from crn_jax.convert import backbone, hub, recognise, timm, torchvision
 from crn_jax.models.backbones import resnet
 from crn_jax.workdir import weights
@@ -191,13 +192,13 @@ def config_for(folder, **backbone_fields):
 
 def test_another_architecture_is_refused_by_field(tmp_path):
   backbone.convert(write(tmp_path / "m.safetensors", SAFETENSORS["timm"]), tmp_path / "out")
-  weights.check_pretrained(config_for(tmp_path / "out", window_size=4))
+  state.check_pretrained(config_for(tmp_path / "out", window_size=4))
   with pytest.raises(ValueError) as error:
-    weights.check_pretrained(config_for(tmp_path / "out", embed_dim=16, depths=(2, 2)))
+    state.check_pretrained(config_for(tmp_path / "out", embed_dim=16, depths=(2, 2)))
   assert "model.backbone.embed_dim: 8 in the weights, 16" in str(error.value)
   assert "model.backbone.depths: [1, 2] in the weights, (2, 2)" in str(error.value)
   with pytest.raises(ValueError, match="not a folder of backbone weights"):
-    weights.check_pretrained(config_for(tmp_path))
+    state.check_pretrained(config_for(tmp_path))
 
 
 def test_tables_of_another_window_are_interpolated_on_loading(tmp_path):

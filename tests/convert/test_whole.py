@@ -10,9 +10,10 @@ import pytest
 import safetensors.numpy
 
 from configs import default
-from crn_jax import train
+from crn_jax import state, train
 from crn_jax.convert import recognise, release, timm, whole
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, Vocabulary
+from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
 from crn_jax.workdir import checkpoint
 from tests import tiny
@@ -43,8 +44,7 @@ def config(root):
 
 @pytest.fixture(scope="module")
 def variables(config):
-  model = crn.build(config.model, len(WORDS))
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 32, 20))
+  shapes = jax.eval_shape(lambda: CRN(config, len(WORDS)).init(jax.random.key(0)))
   rng = np.random.default_rng(0)
 
   def value(path, leaf):
@@ -130,12 +130,12 @@ def converted(files, config, tmp_path_factory):
 def test_values_words_and_sizes_are_those_of_the_files(converted, variables, config):
   workdir, said = converted
   assert Vocabulary.load(workdir / "vocab.json").words == WORDS
-  like = jax.eval_shape(lambda: whole.fresh_state(config, len(WORDS)))
+  like = state.abstract(CRN(config, len(WORDS)))
   with checkpoint.Checkpoints(workdir / "checkpoints") as checkpoints:
     assert checkpoints.steps() == [0]
-    state = checkpoints.restore(0, like)
-  jax.tree.map(np.testing.assert_array_equal, state.params, variables["params"])
-  jax.tree.map(np.testing.assert_array_equal, state.batch_stats, variables["batch_stats"])
+    restored = checkpoints.restore(0, like)
+  jax.tree.map(np.testing.assert_array_equal, restored.params, variables["params"])
+  jax.tree.map(np.testing.assert_array_equal, restored.batch_stats, variables["batch_stats"])
   assert "--config.model.map_dim=32" in said and "layers.0.blocks.0.attn.relative_posi" in said
   saved = json.loads((workdir / "config.json").read_text())["model"]
   assert (saved["map_dim"], saved["feature_dim"], saved["word_dim"]) == (32, 32, 16)
@@ -215,8 +215,7 @@ def test_clvc_net_comes_in_and_goes_out(tmp_path, prefix):
   config.model.backbone.update(width=8, depths=(1, 1))
   config.model.update(feature_dim=32, word_dim=16, pretrained="")
   config.data.update(image_size=32, max_words=8)
-  model = crn.build(config.model, len(WORDS))
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 32, 8))
+  shapes = jax.eval_shape(lambda: CRN(config, len(WORDS)).init(jax.random.key(0)))
   rng = np.random.default_rng(0)
   values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
   words = {word: i for i, word in enumerate(WORDS)}
@@ -250,8 +249,7 @@ def test_names_and_shapes_of_the_published_size(kind):
   """Every name of the release's Swin-L model, and nothing else."""
   facts = load_json(f"state_dict_{kind}.json")
   config = default.get_config("crn_released")
-  model = crn.build(config.model, 35)
-  shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 224, 3))
+  shapes = jax.eval_shape(lambda: CRN(config, 35).init(jax.random.key(0)))
   found = {}
   for collection in shapes.values():
     found |= release.torch_shapes(kind, collection[kind])

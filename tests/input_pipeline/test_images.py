@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from crn_jax.input_pipeline import images
+from crn_jax.models.preprocessing import IMAGENET
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 JPEGS = ("portrait_300x400", "landscape_401x267", "small_180x233")
@@ -69,7 +70,7 @@ def test_resize_and_centre_crop_equal_the_release(golden, name, size):
 @pytest.mark.parametrize("on_device", [False, True])
 def test_normalised_values_equal_the_release(golden, name, size, on_device):
   key = f"{name}.r{size}"
-  normalize = jax.jit(images.normalize) if on_device else images.normalize
+  normalize = jax.jit(IMAGENET.normalize) if on_device else IMAGENET.normalize
   cropped = images.center_crop(images.resize_short_side(decode(name), size), CROP)
   tensor = np.asarray(normalize(cropped[None]))[0].transpose(2, 0, 1)
   assert tensor.dtype == np.float32
@@ -85,7 +86,7 @@ def test_training_crop_and_flip_equal_the_release(golden, name):
   key = f"{name}.train_crop_top3_left5_flip"
   resized = images.resize_short_side(decode(name), 256)
   image = images.crop_and_flip(resized, top=3, left=5, flip=True, size=CROP)
-  tensor = images.normalize(image).transpose(2, 0, 1)
+  tensor = IMAGENET.normalize(image).transpose(2, 0, 1)
   np.testing.assert_allclose(tensor[:, 100:108, 60:68], golden[f"{key}.block"], rtol=0, atol=1e-6)
   total = tensor.sum(dtype=np.float64)
   np.testing.assert_allclose(total, golden[f"{key}.sum"], rtol=0, atol=1e-6 * tensor.size)
@@ -124,11 +125,11 @@ def test_crop_larger_than_the_resized_image_is_refused():
 
 def test_normalise_computes_in_float32_whatever_the_result():
   image = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-  expected = jnp.asarray(images.normalize(image)).astype(jnp.bfloat16)
-  actual = images.normalize(jnp.asarray(image), jnp.bfloat16)
+  expected = jnp.asarray(IMAGENET.normalize(image)).astype(jnp.bfloat16)
+  actual = IMAGENET.normalize(jnp.asarray(image), jnp.bfloat16)
   assert actual.dtype == jnp.bfloat16
   np.testing.assert_array_equal(actual, expected)
-  assert images.normalize(image, np.float64).dtype == np.float64
+  assert IMAGENET.normalize(image, np.float64).dtype == np.float64
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])

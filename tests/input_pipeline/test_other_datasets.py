@@ -13,8 +13,8 @@ from configs import default, fashion200k, shoes
 from crn_jax import evaluate
 from crn_jax.input_pipeline import prepare, registry
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
+from crn_jax.methods.crn import join
 from crn_jax.reports import cases, report, tables
-from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoded
 from tests import made_up
 
@@ -81,8 +81,8 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
     galleries={"test_images": np.arange(n)},
     groups=groups,
   )
-  gallery = ranking.combine(golden["gallery_local"], golden["gallery_global"])
-  queries = ranking.combine(golden["query_local"], golden["query_global"])
+  gallery = join(golden["gallery_local"], golden["gallery_global"])
+  queries = join(golden["query_local"], golden["query_global"])
   c = default.get_config()
   c.eval.best_metric = "test_images/R@10"
   images = np.concatenate([gallery, np.zeros((q, gallery.shape[1]), np.float32)])

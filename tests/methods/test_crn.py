@@ -10,9 +10,12 @@ import optax
 import pytest
 
 from crn_jax import parallel
-from crn_jax.input_pipeline import images
-from crn_jax.methods import crn as train_step
+from crn_jax.methods import losses
+from crn_jax.methods.base import TrainState
+from crn_jax.methods.crn import join
 from crn_jax.models import crn
+from crn_jax.models.crn import BranchOutput
+from crn_jax.models.preprocessing import IMAGENET
 from tests import tiny_model as tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -37,11 +40,11 @@ def config(
 @functools.cache
 def compiled_step(names="crn", **changes):
   c = config(names, **changes)
-  return jax.jit(train_step.make_train_step(tiny.model(c), TX, c, None))
+  return jax.jit(functools.partial(tiny.model(c).train_step, TX))
 
 
 @functools.cache
-def start(names="crn") -> train_step.TrainState:
+def start(names="crn") -> TrainState:
   return tiny.state(config(names), TX)
 
 
@@ -63,7 +66,7 @@ def test_the_update_compiles_once(mode):
   c = config()
   dp = parallel.DataParallel.create(mode, jax.devices()[:2])
   step = dp.map(
-    train_step.make_train_step(tiny.model(c, parallel.AXIS), TX, c, parallel.AXIS),
+    functools.partial(tiny.model(c, parallel.AXIS).train_step, TX),
     outputs=(parallel.REPLICATED, parallel.REPLICATED),
     donate_first=True,
   )
@@ -106,7 +109,7 @@ def test_each_image_passes_a_backbone_as_often_as_needed(names, update_mode, aux
       passed.append(args[0].shape[0])
     return next_method(*args, **kwargs)
 
-  step = train_step.make_train_step(tiny.model(c), TX, c, None)
+  step = functools.partial(tiny.model(c).train_step, TX)
   with nn.intercept_methods(count):
     jax.eval_shape(step, state, tiny.batch(c, BATCH))
   assert sum(passed) == expected
@@ -134,15 +137,14 @@ def test_both_update_modes_change_local_alike_and_global_otherwise():
 
 def test_an_unknown_update_mode_is_refused_by_name():
   with pytest.raises(ValueError, match="alternating.*simultaneous.*'joint'"):
-    c = config(update_mode="joint")
-    train_step.make_update(tiny.model(c), TX, c, None)
+    tiny.model(config(update_mode="joint"))
 
 
 @pytest.mark.slow
 def test_the_first_gradient_is_finite():
   """The auxiliary relation's zero image makes LayerNorm, GeM and cosines degenerate."""
   c = config()
-  fresh = train_step.TrainState.create(tiny.fresh_variables(c), TX)
+  fresh = TrainState.create(tiny.fresh_variables(c), TX)
   state, metrics = compiled_step()(fresh, tiny.batch(c, BATCH))
   assert metrics["local/auxiliary"] > 0
   for name, value in metrics.items():
@@ -167,7 +169,7 @@ def test_running_statistics_are_moved_once_by_the_pass_with_gradients(names, dro
   for name in crn.BRANCHES:
     _, updated = tiny.model(c).branches[name].apply(
       {'params': before.params[name], 'batch_stats': before.batch_stats[name]},
-      images.normalize(batch['reference']), images.normalize(batch['target']),
+      IMAGENET.normalize(batch['reference']), IMAGENET.normalize(batch['target']),
       batch['tokens'], jnp.asarray(batch['token_mask']), train=True, modification=False,
       auxiliary=False, mutable=['batch_stats'],
     )  # fmt: skip
@@ -221,3 +223,50 @@ def test_bfloat16_computes_the_same_losses_roughly():
     if not name.endswith("grad_norm"):
       assert metrics[name] == pytest.approx(value, rel=0.05, abs=0.01), name
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+class TestJoin:
+  def test_each_branch_has_half_of_the_weight(self):
+    joined = join(jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 1e-3]]))
+    np.testing.assert_allclose(joined, np.array([[0.6, 0.8, 0.0, 1.0]]) / np.sqrt(2), rtol=1e-6)
+
+  def test_widths_may_differ(self):
+    assert join(jnp.ones((2, 3)), jnp.ones((2, 5))).shape == (2, 8)
+
+  def test_zero_vectors_stay_finite(self):
+    assert not join(jnp.zeros((1, 2)), jnp.zeros((1, 2))).any()
+
+  def test_half_precision_is_normalised_in_float32(self):
+    joined = join(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((1, 2), jnp.bfloat16))
+    assert joined.dtype == jnp.float32
+
+
+@pytest.mark.parametrize("update_mode", ["alternating", "simultaneous"])
+def test_terms_without_a_weight_cost_nothing_and_are_not_there(update_mode):
+  """Neither the teacher's pass, nor an infinite value that times zero would be NaN."""
+  c = config(update_mode=update_mode, auxiliary=0.0)
+  c.loss.update(cross_branch=0.0, mutual_kl=0.0)
+  state, passed = start(), []
+
+  def count(next_method, args, kwargs, context):
+    if context.module.name == "backbone" and context.method_name == "__call__":
+      passed.append(args[0].shape[0])
+    return next_method(*args, **kwargs)
+
+  with nn.intercept_methods(count):
+    _, metrics = jax.eval_shape(
+      functools.partial(tiny.model(c).train_step, TX), state, tiny.batch(c, BATCH)
+    )
+  assert sum(passed) == 4 * BATCH
+  assert not {"local/cross_branch", "global/mutual_kl", "local/auxiliary"} & metrics.keys()
+  assert {"local/perceptual", "global/classification", "global/total"} <= metrics.keys()
+
+
+def test_an_infinite_term_without_a_weight_does_not_spoil_the_loss():
+  out = BranchOutput(jnp.ones((2, 3)), jnp.ones((2, 3)), jnp.ones(1))
+  teacher = out.replace(query_vector=jnp.full((2, 3), jnp.inf))
+  weights = config().loss
+  weights.update(cross_branch=0.0, mutual_kl=0.0)
+  total, terms = losses.branch_losses(out, teacher, weights, losses.Batch())
+  assert np.isfinite(total)
+  assert set(terms) == {"classification"}

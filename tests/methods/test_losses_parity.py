@@ -10,6 +10,7 @@ import pytest
 
 from crn_jax.convert import release as names
 from crn_jax.methods import losses
+from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
 from tests import release
 from tests.methods.test_train_parity import NO_TRUE_GRADIENT, TERMS, batch
@@ -26,7 +27,7 @@ def run(dtype: str):
   """kind -> (losses, outputs, gradient norms of the total), at the recipe's weights."""
   config = release.config(dtype)
   config.loss.update(modification=1.0, auxiliary=1.0)
-  model = crn.build(config.model, release.VOCAB_SIZE)
+  model = CRN(config, release.VOCAB_SIZE)
   variables = {k: release.variables(k, b, dtype) for k, b in model.branches.items()}
 
   def losses_of_both(params, batch_stats, batch):

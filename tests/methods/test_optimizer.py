@@ -7,6 +7,7 @@ import pytest
 
 from configs import default
 from crn_jax.methods import optimizer
+from crn_jax.methods.crn import CRN
 
 STEPS_PER_EPOCH = 7
 RATE = 3e-5
@@ -79,7 +80,7 @@ GRADS = {
 
 
 def train(config, steps: int, grads=GRADS, params=PARAMS):
-  tx = optimizer.create(config, steps_per_epoch=10, total_steps=100)
+  tx = CRN(config, vocab_size=1).optimizer(steps_per_epoch=10, total_steps=100)
   state = tx.init(params)
   for _ in range(steps):
     updates, state = tx.update(grads, state, params)
@@ -110,7 +111,7 @@ def test_weight_decay_is_added_to_the_gradient_before_adam():
 def test_parameters_that_no_loss_reaches_stay_as_they_are():
   """Weight decay included, as PyTorch skips parameters without a gradient."""
   released = default.get_config("crn_released")
-  assert optimizer.unused_parameters(released) == {"aggregation_fc", "relation"}
+  assert CRN(released, vocab_size=1).unused_parameters() == {"aggregation_fc", "relation"}
   trained = train(released, steps=3)
   assert (trained["head"]["aggregation_fc"]["kernel"] == jnp.array([1.0, -1.0])).all()
   assert trained["relation"]["fc"]["bias"] == 0.25
@@ -119,7 +120,7 @@ def test_parameters_that_no_loss_reaches_stay_as_they_are():
 
 def test_in_preset_crn_every_parameter_is_trained():
   config = default.get_config()
-  assert not optimizer.unused_parameters(config)
+  assert not CRN(config, vocab_size=1).unused_parameters()
   trained = train(config, steps=1)
   assert (trained["head"]["aggregation_fc"]["kernel"] != jnp.array([1.0, -1.0])).all()
   assert trained["relation"]["fc"]["bias"] != 0.25

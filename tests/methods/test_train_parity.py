@@ -13,6 +13,7 @@ held to what such a crossing leaves of it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -24,8 +25,8 @@ from flax import traverse_util
 
 from crn_jax.convert import release as names
 from crn_jax.input_pipeline.tokenizers import words
-from crn_jax.methods import crn as train_step
-from crn_jax.methods import optimizer
+from crn_jax.methods.base import TrainState
+from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
 from tests import release
 
@@ -104,20 +105,20 @@ class Trainer:
   def __init__(self, dtype: str):
     config = release.config(dtype)
     self.dtype = dtype
-    self.model = crn.build(config.model, release.VOCAB_SIZE)
-    self.adam = optimizer.create(config, steps_per_epoch=100, total_steps=1000)
+    self.model = CRN(config, release.VOCAB_SIZE)
+    self.adam = self.model.optimizer(steps_per_epoch=100, total_steps=1000)
     keep_gradient = optax.GradientTransformation(
       lambda params: (), lambda grads, state, params=None: (grads, grads)
     )
     tx = optax.chain(keep_gradient, self.adam)
-    update = train_step.make_update(self.model, tx, config, axis_name=None)
+    update = functools.partial(self.model.update, tx)
     # Donated: the float64 state alone has 4 GB. LLVM's optimisation costs more than it gains here:
     # most of the time is spent in matrix products, which are not compiled by it.
     self.update = jax.jit(
       update, donate_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
     )
 
-  def start(self) -> train_step.TrainState:
+  def start(self) -> TrainState:
     """The recipe's weights."""
     variables = {"params": {}, "batch_stats": {}}
     for kind in crn.BRANCHES:
@@ -125,9 +126,9 @@ class Trainer:
         # A copy that JAX owns: arrays that NumPy owns cannot be donated.
         copy = jax.tree.map(lambda x: jnp.array(x, self.dtype, copy=True), tree)
         variables[collection][kind] = copy
-    return train_step.TrainState.create(variables, self.adam)
+    return TrainState.create(variables, self.adam)
 
-  def __call__(self, state: train_step.TrainState, i: int):
+  def __call__(self, state: TrainState, i: int):
     """Iteration i: new state, gradients, metrics."""
     opt_state = {k: ((), state.opt_state[k]) for k in crn.BRANCHES}
     state, metrics = self.update(state.replace(opt_state=opt_state), batch(i, self.dtype))
@@ -139,7 +140,7 @@ class Trainer:
 
 
 @jax.jit
-def in_float32(state: train_step.TrainState) -> train_step.TrainState:
+def in_float32(state: TrainState) -> TrainState:
   """A float32 copy of a float64 state."""
   return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.float64 else x, state)
 

@@ -6,6 +6,7 @@ Bound: 1e-5 of the largest value of each array, in float32 on a CPU.
 import numpy as np
 import pytest
 
+from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
 from tests import release
 
@@ -18,7 +19,7 @@ IDS = GOLDENS["token_ids"].astype(np.int32)
 def forward(request):
   """All intermediate values of one branch, by golden name."""
   kind = request.param
-  branch = crn.build(release.config().model, release.VOCAB_SIZE).branches[kind]
+  branch = CRN(release.config(), release.VOCAB_SIZE).branches[kind]
   variables = release.variables(kind, branch)
   bound = branch.bind(variables)
   values = {}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from crn_jax.convert import release as names
+from crn_jax.methods.crn import CRN
 from crn_jax.models import crn, layers
 from tests import release
 from tests.goldens import recipe
@@ -27,7 +28,7 @@ ALL_WORDS = jnp.ones(WORDS.shape[:2], bool)
 @pytest.fixture(scope="module")
 def branches():
   """kind -> (branch, variables)."""
-  model = crn.build(release.config().model, release.VOCAB_SIZE)
+  model = CRN(release.config(), release.VOCAB_SIZE)
   return {k: (b, release.variables(k, b)) for k, b in model.branches.items()}
 
 

@@ -1,10 +1,10 @@
 """Which queries are shown, and what is said of them."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from crn_jax import evaluate
-from crn_jax.models import crn
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import cases
 from crn_jax.reports.pictures.attention import Word
@@ -42,13 +42,24 @@ def shown(tmp_path):
   return config, split, found
 
 
+def all_rows(config, split, found):
+  """Grid rows of every query."""
+  (of_split,) = made_up.cases(config, made_up.dataset(split), found)
+  every = np.arange(len(split.queries))
+  of_all = dataclasses.replace(of_split, groups={"all": every})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cases.Cases, "choose", classmethod(lambda cls, *_: of_all))
+    (of_all,) = made_up.cases(config, made_up.dataset(split), found)
+  return of_all.grid_rows("all")
+
+
 class TestGridRows:
   @pytest.mark.parametrize("protocol", ["val_split", "original_split"])
   def test_the_row_agrees_with_the_rank(self, shown, protocol):
     config, split, found = shown
+    config.eval.best_metric = f"{protocol}/R@10"
     ranks = found.ranks["dress"][protocol]["composed"]
-    chosen = range(len(ranks))
-    rows = cases.grid_rows(chosen, ranks, found.encoded["dress"], split, protocol, config)
+    rows = all_rows(config, split, found)
     assert {row.target_position is None for row in rows} == {True, False}
     for row, rank in zip(rows, ranks, strict=True):
       assert row.rank == rank
@@ -63,11 +74,11 @@ class TestGridRows:
     encoded = found.encoded["dress"]
     # Queries that are their own reference image.
     own = type(encoded)(encoded.images, encoded.images[split.queries.reference], encoded.text_only)
-    ranks = np.zeros(len(split.queries), int)
+    found = dataclasses.replace(found, encoded={"dress": own})
 
     def first(exclude):
       config.eval.exclude_reference = exclude
-      (row,) = cases.grid_rows([4], ranks, own, split, "val_split", config)
+      row = all_rows(config, split, found)[4]
       return [path for path, _ in row.top], row.reference
 
     top, reference = first(exclude=False)
@@ -75,12 +86,19 @@ class TestGridRows:
     top, reference = first(exclude=True)
     assert reference not in top
 
+  def test_a_gallery_smaller_than_the_top_is_shown_without_the_reference(self, shown):
+    config, split, _ = shown
+    split.galleries["val_split"] = np.arange(5)
+    found = made_up.evaluation(config, made_up.dataset(split))
+    first = all_rows(config, split, found)[0]
+    assert len(first.top) == 4
+    assert first.reference not in [path for path, _ in first.top]
+
   def test_a_target_outside_the_gallery_has_no_rank(self, shown):
-    config, split, found = shown
+    config, split, _ = shown
     split.galleries["val_split"] = np.arange(10)  # The targets of the last queries are beyond.
-    ranks = evaluate.split_ranks(found.encoded["dress"], split, config)["val_split"]["composed"]
-    last = len(ranks) - 1
-    (row,) = cases.grid_rows([last], ranks, found.encoded["dress"], split, "val_split", config)
+    found = made_up.evaluation(config, made_up.dataset(split))
+    row = all_rows(config, split, found)[-1]
     assert (row.rank, row.target_position) == (None, None)
 
 
@@ -161,8 +179,7 @@ def test_attention_of_a_model_sums_to_one_and_belongs_to_its_query(tmp_path, pre
   config.data.resize = 32
   config.eval.batch_size = 8
   parallel = DataParallel.create("shard_map")
-  model = crn.build(config.model, tiny_model.VOCAB_SIZE, AXIS)
-  encoder = Encoder.create(model, config, parallel)
+  encoder = Encoder.create(tiny_model.model(config, AXIS), parallel)
   variables = parallel.replicate(tiny_model.variables(config))
   table, split = made_up.vocabulary(config), made_up.split(tmp_path)
   chosen = np.array([3, 12, 0, 5, 6, 7, 8, 9, 18])  # More than a batch; first and last differ.

@@ -6,6 +6,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.reports import compare
 from crn_jax.workdir import run
 from tests import made_up
@@ -27,7 +28,7 @@ def add(tmp_path, data):
     if change:
       change(config)
     workdir = tmp_path / name
-    results = made_up.evaluation(config, data).results | {"also": "best"} | facts
+    results = made_up.evaluation(config, data).results.to_json() | {"also": "best"} | facts
     run.save_config(config, workdir)
     run.write_json(results, workdir / "eval.json")
     lines = [{"step": s, "epoch": float(s), "eval/val_split/R@10": r} for s, r in evaluations]
@@ -153,7 +154,7 @@ class TestNotComparable:
 class TestErrors:
   """Each names the folder or file, and what to do."""
 
-  def error(self, folders, out, kind=ValueError):
+  def error(self, folders, out, kind=UserError):
     with pytest.raises(kind) as error:
       compare.compare(folders, out)
     assert not out.exists()
@@ -165,19 +166,19 @@ class TestErrors:
       assert "two or more different folders, e.g. runs/a,runs/b" in message
 
   def test_no_such_folder(self, add, tmp_path):
-    message = self.error([add("a"), tmp_path / "b"], tmp_path / "out", FileNotFoundError)
+    message = self.error([add("a"), tmp_path / "b"], tmp_path / "out", UserError)
     assert f"{tmp_path / 'b' / 'config.json'}: not found" in message
     assert "--workdirs takes folders of runs" in message
 
   def test_a_file_in_place_of_a_folder(self, add, tmp_path):
     (tmp_path / "b").touch()
-    message = self.error([add("a"), tmp_path / "b"], tmp_path / "out", FileNotFoundError)
+    message = self.error([add("a"), tmp_path / "b"], tmp_path / "out", UserError)
     assert str(tmp_path / "b") in message
 
   def test_a_run_without_results(self, add, tmp_path):
     folders = [add("a"), add("b")]
     (folders[1] / "eval.json").unlink()
-    message = self.error(folders, tmp_path / "out", FileNotFoundError)
+    message = self.error(folders, tmp_path / "out", UserError)
     assert f"{folders[1] / 'eval.json'}: not found" in message
     assert f"--mode=eval --checkpoint=last --workdir={folders[1]}" in message
 

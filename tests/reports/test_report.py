@@ -1,5 +1,6 @@
 """report.html and the pictures beside it, of a made-up evaluation."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -7,7 +8,6 @@ import re
 import pytest
 from PIL import Image
 
-from crn_jax import evaluate
 from crn_jax.reports import report
 from crn_jax.workdir import logs
 from tests import made_up
@@ -44,9 +44,9 @@ def write(folder, config, dataset, evaluation, history=True):
     for step in (3, 7):
       losses = {f"train/{b}/total": 1.0 / step for b in ("local", "global")}
       logs.append_line(workdir / "metrics.jsonl", json.dumps({"step": step, **losses}))
-  encoder = made_up.Encoder(config)
+  shown = made_up.cases(config, dataset, evaluation)
   return workdir, report.write(
-    encoder, None, made_up.vocabulary(config), workdir, dataset, evaluation
+    config, workdir, evaluation.results, evaluation.ranks, shown, made_up.vocabulary(config)
   )
 
 
@@ -57,7 +57,9 @@ def written(tmp_path_factory):
   config = made_up.config()
   data = made_up.dataset(made_up.split(folder), skipped=SKIPPED)
   evaluation = made_up.evaluation(config, data, step=7, selection="best")
-  evaluation.results["beside"] = [made_up.evaluation(config, data, step=9).results]
+  last = made_up.evaluation(config, data, step=9).results
+  results = dataclasses.replace(evaluation.results, beside=(last,))
+  evaluation = dataclasses.replace(evaluation, results=results)
   workdir, paths = write(folder, config, data, evaluation)
   return workdir, paths, evaluation.results, Page(workdir / "report.html")
 
@@ -92,12 +94,12 @@ class TestPage:
 
   def test_every_recall_stands_with_its_interval(self, written):
     _, _, results, page = written
-    assert len(results["protocols"]) == 2
-    for part in (results, results["beside"][0]):
-      for recalls in (*part["protocols"].values(), *part["by_query"].values()):
-        for name in evaluate.metric_names(recalls):
-          low, high = recalls["intervals"][name]
-          assert f"{recalls[name]:.2f} {low:.1f}-{high:.1f}" in page.text
+    assert len(results.summary.protocols) == 2
+    for part in (results, *results.beside):
+      for recalls in (*part.summary.protocols.values(), *part.summary.by_query.values()):
+        for name, value in recalls.percent.items():
+          low, high = recalls.intervals[name]
+          assert f"{value:.2f} {low:.1f}-{high:.1f}" in page.text
 
   def test_the_whole_configuration_is_in_it(self, written):
     text = written[-1].text
@@ -126,7 +128,7 @@ def test_files_of_either_preset(tmp_path, preset):
   evaluation = made_up.evaluation(config, data)
   workdir, paths = write(tmp_path, config, data, evaluation)
   assert json.loads((workdir / "eval.json").read_text()) == json.loads(
-    json.dumps(evaluation.results)
+    json.dumps(evaluation.results.to_json())
   )
   assert sorted(p.name for p in paths) == [
     "attention_dress.png", "eval.json", "loss_curves.png", "recall_curve.png", "report.html",
@@ -159,12 +161,42 @@ def test_a_run_without_records_has_no_curves_of_its_training(tmp_path):
   assert "loss_curves.png" not in {p.name for p in paths}
 
 
+def test_a_picture_that_cannot_be_drawn_costs_no_results(tmp_path, monkeypatch, caplog):
+  config = made_up.config()
+  data = made_up.dataset(made_up.split(tmp_path))
+  evaluation = made_up.evaluation(config, data)
+
+  def fail(*args, **kwargs):
+    raise RuntimeError("no ink")
+
+  monkeypatch.setattr(report.grid, "retrieval_grid", fail)
+  workdir, paths = write(tmp_path, config, data, evaluation)
+  assert json.loads((workdir / "eval.json").read_text())["n_queries"] == 20
+  assert {p.name for p in paths} == {
+    "eval.json", "report.html", "recall_curve.png", "loss_curves.png", "attention_dress.png"
+  }  # fmt: skip
+  assert "retrieval_dress.png: not drawn (RuntimeError: no ink)" in caplog.text
+
+
+def test_a_method_without_attention_has_no_picture_of_it(tmp_path):
+  config = made_up.config()
+  data = made_up.dataset(made_up.split(tmp_path))
+  evaluation = made_up.evaluation(config, data)
+  (shown,) = made_up.cases(config, data, evaluation)
+  shown = dataclasses.replace(shown, attention={})
+  paths = report.write(
+    config, tmp_path, evaluation.results, evaluation.ranks, [shown], made_up.vocabulary(config)
+  )
+  assert not any("attention" in p.name for p in paths)
+
+
 class TestRecallCurves:
   def curves(self, *splits):
     config = made_up.config()
     data = made_up.dataset(*splits)
     evaluation = made_up.evaluation(config, data)
-    return report.recall_curves(config, evaluation, data), evaluation.results
+    found = report.recall_curves(config, evaluation.ranks, splits, "val_split")
+    return found, evaluation.results.summary.protocols
 
   def test_both_protocols_and_all_kinds_of_query(self, tmp_path):
     found, results = self.curves(made_up.split(tmp_path))
@@ -173,8 +205,8 @@ class TestRecallCurves:
       "image only, val_split (gallery 25)", "text only, val_split (gallery 25)",
     ]  # fmt: skip
     assert [len(c.recalls) for c in found] == [25, 30, 25, 25]
-    assert found[0].recalls[9] == pytest.approx(results["protocols"]["val_split"]["R@10"])
-    assert found[1].recalls[0] == pytest.approx(results["protocols"]["original_split"]["R@1"])
+    assert found[0].recalls[9] == pytest.approx(results["val_split"].percent["R@10"])
+    assert found[1].recalls[0] == pytest.approx(results["original_split"].percent["R@1"])
     for curve in found:
       low, high = curve.intervals.T
       assert (low <= curve.recalls).all()
@@ -193,4 +225,4 @@ class TestRecallCurves:
     shirt.galleries["val_split"] = shirt.galleries["val_split"][:12]
     found, results = self.curves(dress, shirt)
     assert len(found[0].recalls) == 12  # As far as the smallest gallery goes.
-    assert found[0].recalls[9] == pytest.approx(results["protocols"]["val_split"]["R@10"])
+    assert found[0].recalls[9] == pytest.approx(results["val_split"].percent["R@10"])

@@ -1,9 +1,11 @@
 """Results in words and tables: nothing that changes the numbers may be missing."""
 
+import dataclasses
+
 import pytest
 
-from crn_jax import evaluate
 from crn_jax.reports import tables
+from crn_jax.reports.results import Recalls
 from crn_jax.reports.tables import Cell, Table
 from tests import made_up
 
@@ -26,7 +28,8 @@ def results(tmp_path):
     made_up.split(tmp_path), skipped=SKIPPED, ceilings={"image_only": 23.1, "text_only": 14.0}
   )
   best = made_up.evaluation(config, data, step=7, selection="best").results
-  return best | {"beside": [made_up.evaluation(config, data, step=9).results]}
+  last = made_up.evaluation(config, data, step=9).results
+  return dataclasses.replace(best, beside=(last,))
 
 
 def test_text_has_all_that_changes_the_numbers(results):
@@ -45,15 +48,17 @@ def test_text_has_all_that_changes_the_numbers(results):
 
 def test_every_recall_stands_with_its_interval(results):
   text = tables.results_as_text(results)
-  for part in (results, results["beside"][0]):
-    for recalls in part["protocols"].values():
-      for name in evaluate.metric_names(recalls):
-        low, high = recalls["intervals"][name]
-        assert f"{recalls[name]:.2f} ({low:.1f}-{high:.1f})" in text
+  for part in (results, *results.beside):
+    for recalls in part.summary.protocols.values():
+      for name, value in recalls.percent.items():
+        low, high = recalls.intervals[name]
+        assert f"{value:.2f} ({low:.1f}-{high:.1f})" in text
 
 
 def test_the_reference_that_is_kept_is_said_to_be(results):
-  assert "kept in its ranking" in tables.describe(results | {"exclude_reference": False})
+  assert "kept in its ranking" in tables.describe(
+    dataclasses.replace(results, exclude_reference=False)
+  )
 
 
 @pytest.mark.parametrize(
@@ -68,8 +73,8 @@ def test_the_reference_that_is_kept_is_said_to_be(results):
   ],
 )  # fmt: skip
 def test_how_the_checkpoint_was_chosen(results, selection, also, expected):
-  results = results | {"selection": selection} | ({"also": also} if also else {})
-  assert evaluate.describe_selection(results) == expected
+  results = dataclasses.replace(results, selection=selection, also=also)
+  assert results.describe_selection() == expected
 
 
 def test_categories_stand_below_their_mean(tmp_path):
@@ -98,5 +103,5 @@ def test_a_table_without_rows_is_its_note():
 
 
 def test_a_recall_that_was_not_measured_is_a_dash():
-  recalls = {"R@1": 12.34, "intervals": {"R@1": [10.0, 15.0]}}
+  recalls = Recalls({"R@1": 12.34}, {"R@1": (10.0, 15.0)})
   assert tables.recall_cells(recalls, ["R@1", "R@7"]) == (Cell("12.34", "10.0-15.0"), Cell("-"))

@@ -3,11 +3,11 @@
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crn_jax.retrieval import ranking
+from crn_jax.methods.crn import join
+from crn_jax.retrieval import metrics, ranking
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens" / "recall.npz"
 KS = (1, 10, 50)
@@ -22,8 +22,8 @@ def golden():
   for position, image_id in enumerate(data["gallery_ids"].tolist()):
     first.setdefault(image_id, position)
   return data | {
-    "queries": ranking.combine(data["query_local"], data["query_global"]),
-    "gallery": ranking.combine(data["gallery_local"], data["gallery_global"]),
+    "queries": np.asarray(join(data["query_local"], data["query_global"])),
+    "gallery": np.asarray(join(data["gallery_local"], data["gallery_global"])),
     "target": np.array([first.get(i, -1) for i in data["target_ids"].tolist()]),
     "exclude": np.array([first.get(i, -1) for i in data["source_ids"].tolist()]),
   }
@@ -56,7 +56,7 @@ class TestGoldens:
     ranks = ranking.target_ranks(
       golden["queries"], golden["gallery"], golden["target"], golden["exclude"]
     )
-    recall = list(ranking.recall_at_k(ranks, KS).values())
+    recall = list(metrics.recall_at_k(ranks, KS).values())
     np.testing.assert_allclose(recall, golden["fashioniq.values"], rtol=1e-12)
     np.testing.assert_allclose(recall, golden["shoes.values"], rtol=1e-12)
 
@@ -64,7 +64,7 @@ class TestGoldens:
     nothing = np.full(len(golden["queries"]), -1)
     ranks = ranking.target_ranks(golden["queries"], golden["gallery"], golden["target"], nothing)
     np.testing.assert_allclose(
-      list(ranking.recall_at_k(ranks, KS).values()),
+      list(metrics.recall_at_k(ranks, KS).values()),
       golden["values_without_reference_exclusion"],
       rtol=1e-12,
     )
@@ -84,38 +84,6 @@ class TestGoldens:
     positions = np.argmax(golden["ranking"] == golden["target"][:, None], axis=1)
     np.testing.assert_array_equal(ranks[present], positions[present])
     assert (ranks[~present] == len(golden["gallery"])).all()
-
-
-class TestCombine:
-  def test_each_branch_has_half_of_the_weight(self):
-    joined = ranking.combine(np.array([[3.0, 4.0]]), np.array([[0.0, 1e-3]]))
-    np.testing.assert_allclose(joined, np.array([[0.6, 0.8, 0.0, 1.0]]) / np.sqrt(2), rtol=1e-6)
-
-  def test_widths_may_differ_and_the_result_is_float32(self):
-    joined = ranking.combine(np.ones((2, 3)), np.ones((2, 5)))
-    assert joined.shape == (2, 8)
-    assert joined.dtype == np.float32
-
-  def test_zero_features_stay_finite(self):
-    assert not ranking.combine(np.zeros((1, 2)), np.zeros((1, 2))).any()
-
-  def test_numpy_stays_numpy_and_jax_stays_jax(self):
-    rng = np.random.default_rng(0)
-    local, global_ = rng.normal(size=(2, 4, 3))
-    on_host = ranking.combine(local, global_)
-    on_device = ranking.combine(jnp.asarray(local), jnp.asarray(global_))
-    assert isinstance(on_host, np.ndarray)
-    assert isinstance(on_device, jnp.ndarray)
-    np.testing.assert_allclose(on_host, on_device, atol=1e-7)
-
-  def test_half_precision_is_normalised_in_float32(self):
-    joined = ranking.combine(jnp.ones((1, 2), jnp.bfloat16), jnp.ones((1, 2), jnp.bfloat16))
-    assert joined.dtype == jnp.float32
-
-  @pytest.mark.parametrize("shapes", [((2, 3), (3, 3)), ((2,), (2,))])
-  def test_refuses_other_shapes(self, shapes):
-    with pytest.raises(ValueError, match="expected local"):
-      ranking.combine(np.ones(shapes[0]), np.ones(shapes[1]))
 
 
 class TestTargetRanks:
@@ -248,11 +216,11 @@ class TestTopK:
 
 class TestRecallAtK:
   def test_is_a_percentage_of_all_queries(self):
-    assert ranking.recall_at_k(np.array([0, 1, 9, 10]), (1, 10, 50)) == {1: 25, 10: 75, 50: 100}
+    assert metrics.recall_at_k(np.array([0, 1, 9, 10]), (1, 10, 50)) == {1: 25, 10: 75, 50: 100}
 
   def test_of_nothing_is_an_error(self):
     with pytest.raises(ValueError, match="no queries"):
-      ranking.recall_at_k(np.array([]), (1,))
+      metrics.recall_at_k(np.array([]), (1,))
 
 
 class TestRecallInterval:
@@ -261,22 +229,22 @@ class TestRecallInterval:
     rng = np.random.default_rng(1)
     resampled = [100 * np.mean(rng.choice(ranks, len(ranks)) < 10) for _ in range(4000)]
     expected = np.quantile(resampled, [0.025, 0.975])
-    np.testing.assert_allclose(ranking.recall_interval([ranks], 10), expected, atol=0.6)
+    np.testing.assert_allclose(metrics.recall_interval([ranks], 10), expected, atol=0.6)
 
   def test_narrows_with_more_queries(self):
     ranks = np.arange(20)
-    few = np.diff(ranking.recall_interval([ranks], 10))
-    many = np.diff(ranking.recall_interval([np.tile(ranks, 100)], 10))
+    few = np.diff(metrics.recall_interval([ranks], 10))
+    many = np.diff(metrics.recall_interval([np.tile(ranks, 100)], 10))
     np.testing.assert_allclose(few / many, 10, rtol=0.2)
 
   def test_of_a_mean_is_narrower_than_of_its_parts(self):
     ranks = np.arange(200)
-    one = np.diff(ranking.recall_interval([ranks], 100))
-    three = np.diff(ranking.recall_interval([ranks] * 3, 100))
+    one = np.diff(metrics.recall_interval([ranks], 100))
+    three = np.diff(metrics.recall_interval([ranks] * 3, 100))
     np.testing.assert_allclose(one / three, np.sqrt(3), rtol=0.1)
 
   def test_is_a_point_where_every_resample_is_the_same(self):
-    assert ranking.recall_interval([np.zeros(5, int)], 1) == (100, 100)
+    assert metrics.recall_interval([np.zeros(5, int)], 1) == (100, 100)
 
 
 class TestLabels:

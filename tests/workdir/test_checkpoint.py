@@ -1,16 +1,19 @@
 """Checkpoints: what is kept, what is damaged, what does not fit on the disk."""
 
 import contextlib
+import errno
 import resource
 import shutil
 import signal
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
-from crn_jax.methods.crn import TrainState
-from crn_jax.workdir.checkpoint import Checkpoints, checksum
+from crn_jax.errors import UserError
+from crn_jax.methods.base import TrainState
+from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints, DamagedError, checksum
 
 
 def state(step: int, size: int = 50) -> TrainState:
@@ -157,7 +160,7 @@ def test_a_full_disk_is_not_written_to(tmp_path, caplog, monkeypatch):
     checkpoints.save(state(2))
     assert "step 2 was not written (needs 2e-05 GB, 1.5e-05 GB are free)" in caplog.text
     assert "the one at step 1 is kept" in caplog.text
-    with pytest.raises(OSError, match="the same command continues from step 1"):
+    with pytest.raises(UserError, match="the same command continues from step 1"):
       checkpoints.require(2)
     monkeypatch.undo()
     checkpoints.save(state(3))
@@ -196,3 +199,135 @@ def test_the_checksum_sees_every_bit():
   changed = state(1)
   changed.params["local"]["w"][3, 4] = np.nextafter(changed.params["local"]["w"][3, 4], 1)
   assert checksum(changed) != checksum(state(1))
+
+
+def failing(original, error, times=1):
+  """A method that fails the first times it is called."""
+  calls = []
+
+  def method(self, *args, **kwargs):
+    calls.append(args)
+    if len(calls) <= times:
+      raise error
+    return original(self, *args, **kwargs)
+
+  return method
+
+
+def test_an_error_of_the_moment_is_no_damage(tmp_path, monkeypatch):
+  """A disk that fails once: the newest checkpoint is read all the same."""
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [None, None])
+  error = OSError(errno.EIO, "Input/output error")
+  monkeypatch.setattr(Checkpoints, "_read_arrays", failing(Checkpoints._read_arrays, error))
+  with Checkpoints(folder) as checkpoints:
+    assert checkpoints.restore_last(state(0)).step == 2
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_a_disk_that_cannot_be_read_stops_and_moves_nothing(tmp_path, monkeypatch):
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [None, None])
+  error = OSError(errno.EIO, "Input/output error")
+  monkeypatch.setattr(Checkpoints, "_read_arrays", failing(Checkpoints._read_arrays, error, 9))
+  original = open
+
+  def unreadable(file, *args, **kwargs):
+    if "checkpoints" in str(file):
+      raise error
+    return original(file, *args, **kwargs)
+
+  with Checkpoints(folder) as checkpoints:
+    monkeypatch.setattr("builtins.open", unreadable)
+    with pytest.raises(UserError, match="2: cannot be read .*Input/output error"):
+      checkpoints.restore_last(state(0))
+    monkeypatch.undo()
+    assert checkpoints.steps() == [1, 2]
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_another_structure_stops_and_names_the_first_differences(tmp_path):
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [None, None])
+  with Checkpoints(folder) as checkpoints:
+    with pytest.raises(UserError) as error:
+      checkpoints.restore_last(state(0, size=7))
+    assert "params.local.w: (50, 100) in the checkpoint, (7, 100) expected" in str(error.value)
+    other = state(0).replace(average={"local": np.zeros(3, np.float32)})
+    with pytest.raises(
+      UserError, match=r"average.local: absent in the checkpoint, \(3,\) expected"
+    ):
+      checkpoints.restore_last(other)
+    assert checkpoints.steps() == [1, 2]
+  assert not (tmp_path / "damaged").exists()
+
+
+def test_a_programming_error_in_reading_or_saving_is_raised(tmp_path, monkeypatch):
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [None])
+  error = TypeError("unsupported operand")
+  with Checkpoints(folder) as checkpoints:
+    with monkeypatch.context() as patch:
+      patch.setattr(Checkpoints, "_read_arrays", failing(Checkpoints._read_arrays, error, 9))
+      with pytest.raises(TypeError, match="unsupported operand"):
+        checkpoints.restore_last(state(0))
+    with monkeypatch.context() as patch:
+      patch.setattr(ocp.CheckpointManager, "save", failing(None, error))
+      with pytest.raises(TypeError, match="unsupported operand"):
+        checkpoints.save(state(2))
+    assert checkpoints.steps() == [1]
+
+
+def test_fields_are_read_alone_and_checked(tmp_path):
+  save_all(tmp_path, [None, None])
+  with CheckpointReader(tmp_path) as checkpoints:
+    found = checkpoints.restore_fields(2, state(0), ("params", "batch_stats"))
+    assert found.keys() == {"params", "batch_stats"}
+    np.testing.assert_array_equal(found["params"]["local"]["w"], state(2).params["local"]["w"])
+  change_a_byte(largest_file(tmp_path / "2"))
+  with (
+    CheckpointReader(tmp_path) as checkpoints,
+    pytest.raises(DamagedError, match="2: damaged checkpoint"),
+  ):
+    checkpoints.restore_fields(2, state(0), ("params",))
+
+
+def snapshot(folder) -> dict:
+  return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_a_reader_changes_nothing(tmp_path, caplog):
+  """Neither half-written checkpoints, which may be another process's, nor damaged ones."""
+  folder = tmp_path / "checkpoints"
+  save_all(folder, [1.0, 2.0])
+  (folder / "3.orbax-checkpoint-tmp" / "default").mkdir(parents=True)
+  (folder / "2" / "metrics" / "metrics").write_text("{")
+  before = snapshot(tmp_path)
+  with CheckpointReader(folder) as checkpoints:
+    assert checkpoints.steps() == [1, 2]
+    assert checkpoints.best_step() == 1
+    assert checkpoints.results(1) == {"recall": 1.0}
+  assert snapshot(tmp_path) == before
+
+
+def test_a_reader_sees_what_appears_and_what_goes(tmp_path):
+  save_all(tmp_path, [1.0])
+  with CheckpointReader(tmp_path) as reader, Checkpoints(tmp_path) as writer:
+    assert reader.steps() == [1]
+    for step in (2, 3, 4):
+      writer.save(state(step), float(step))
+    writer.wait()
+    assert reader.steps() == [3, 4]
+    assert reader.best_step() == 4
+    assert reader.restore_fields(4, state(0), ("params",))["params"]["local"]["w"].shape == (
+      50,
+      100,
+    )
+    with pytest.raises(UserError, match="1: .*is gone"):
+      reader.restore_fields(1, state(0), ("params",))
+
+
+def test_a_reader_needs_no_folder(tmp_path):
+  with CheckpointReader(tmp_path / "none") as checkpoints:
+    assert checkpoints.steps() == []
+    assert checkpoints.best_step() is None

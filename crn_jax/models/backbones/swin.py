@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crn_jax.errors import UserError
 from crn_jax.models import linear
 from crn_jax.models.backbones.feature_maps import FeatureMaps
 
@@ -231,7 +232,7 @@ class SwinTransformer(nn.Module):
       the final LayerNorm.
 
     Raises:
-      ValueError: if height or width is not a multiple of the patch size.
+      UserError: if height or width is not a multiple of the patch size.
     """
     x = self._embed_patches(images.astype(self.dtype))
     rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths))
@@ -253,7 +254,7 @@ class SwinTransformer(nn.Module):
     batch, height, width, channels = images.shape
     p = self.patch_size
     if height % p or width % p:
-      raise ValueError(f"images are {height} x {width}: not a multiple of the patch size {p}")
+      raise UserError(f"images are {height} x {width}: not a multiple of the patch size {p}")
     x = images.reshape(batch, height // p, p, width // p, p, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
     # Random biases, unlike timm's other layers: they also keep LayerNorm finite on a zero image.

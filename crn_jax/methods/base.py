@@ -1,0 +1,175 @@
+"""What every method offers: how a model is trained, and how it answers queries.
+
+A method has one or more *parts* (CRN: its two branches) with an optimizer each. Trees of variables
+are {collection: {part: ...}}, metrics are named 'part/term'. What surrounds a method (loop,
+evaluation, checkpoints, curves) knows the parts by their names only.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from crn_jax.methods import optimizer
+from crn_jax.models.backbones import registry
+from crn_jax.models.preprocessing import Preprocessing
+
+Variables = Mapping[str, Mapping[str, Any]]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that an update changes.
+
+  Attributes:
+    step: [] int32, updates done.
+    params: part -> parameters.
+    batch_stats: part -> running BatchNorm statistics.
+    opt_state: part -> optimizer state.
+    average: part -> moving average of the parameters; empty unless optimizer.ema_decay is set.
+  """
+
+  step: jax.Array
+  params: dict
+  batch_stats: dict
+  opt_state: dict
+  average: dict
+
+  @classmethod
+  def create(
+    cls, variables: Variables, tx: optax.GradientTransformation, *, averaged: bool = False
+  ) -> "TrainState":
+    """State before the first update.
+
+    Args:
+      variables: {'params', 'batch_stats'}, as from `Method.init`.
+      tx: optimizer of a part.
+      averaged: whether to keep a moving average of the parameters.
+    """
+    params = variables["params"]
+    opt_state = {part: tx.init(params[part]) for part in params}
+    # Copies: the state's buffers are donated, and none can be given away twice.
+    average = jax.tree.map(jnp.copy, params) if averaged else {}
+    return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state, average)
+
+  def eval_variables(self) -> dict:
+    """What is evaluated: {'params' (averaged ones, if there are), 'batch_stats'}."""
+    return {"params": self.average or self.params, "batch_stats": self.batch_stats}
+
+
+@flax.struct.dataclass
+class QueryVectors:
+  """Answers to queries; vectors are [batch, vector_dim], of unit length.
+
+  Attributes:
+    composed: of reference image and text.
+    text_only: of the text alone.
+    attention: part -> [batch, words, h, w]: how words and positions of the reference belong
+      together. Empty for a method that has none.
+  """
+
+  composed: jax.Array
+  text_only: jax.Array
+  attention: dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method(abc.ABC):
+  """A model, how it is trained and how it is asked.
+
+  Everything but `init` is code of one device, over a batch that may be split over `axis_name`.
+
+  Attributes:
+    config: the whole configuration.
+    vocab_size: number of word ids.
+    axis_name: mapped axis over which the batch is split, or None.
+    parts: names of the parts.
+  """
+
+  config: ml_collections.ConfigDict
+  vocab_size: int
+  axis_name: str | None = None
+  parts: ClassVar[tuple[str, ...]]
+
+  @property
+  @abc.abstractmethod
+  def vector_dim(self) -> int:
+    """Width of the vectors by which images are retrieved."""
+
+  @property
+  def preprocessing(self) -> Preprocessing:
+    """What the method's pictures are normalised and resized with."""
+    return registry.preprocessing(self.config.model.backbone)
+
+  @abc.abstractmethod
+  def init(self, key: jax.Array) -> Variables:
+    """Fresh variables {'params': {part: ...}, 'batch_stats': {part: ...}}, float32."""
+
+  def optimizer(self, steps_per_epoch: int, total_steps: int) -> optax.GradientTransformation:
+    """Optimizer of a part."""
+    return optimizer.create(
+      self.config.optimizer, steps_per_epoch, total_steps, unused=self.unused_parameters()
+    )
+
+  def unused_parameters(self) -> frozenset[str]:
+    """Names of the modules that exist in the parameters but reach no loss."""
+    return frozenset()
+
+  @abc.abstractmethod
+  def update(
+    self, tx: optax.GradientTransformation, state: TrainState, batch: Mapping[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of all parts.
+
+    Args:
+      tx: optimizer of a part.
+      state: before the update.
+      batch: reference, target: [batch, height, width, 3] normalised pictures; tokens:
+        [batch, words] int32; token_mask: [batch, words] bool.
+
+    Returns:
+      The state after it, and metrics over the global batch: scalars named 'part/term', among them
+      'part/total' for every part.
+    """
+
+  def constants(self, variables: Variables) -> Any:
+    """What all queries of an evaluation share, computed once; handed to `compose`."""
+    del variables
+    return ()
+
+  @abc.abstractmethod
+  def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
+    """Encodes pictures [batch, height, width, 3], normalised.
+
+    Returns:
+      What `compose` needs of a reference image, a tree of arrays [batch, ...]; vectors
+      [batch, vector_dim] of unit length.
+    """
+
+  @abc.abstractmethod
+  def compose(
+    self, variables: Variables, constants: Any, references: Any, tokens: jax.Array, mask: jax.Array
+  ) -> QueryVectors:
+    """Answers queries.
+
+    Args:
+      variables: {'params', 'batch_stats'}.
+      constants: as from `constants`.
+      references: as from `encode_images`, a row a query.
+      tokens: [batch, words] int32.
+      mask: [batch, words] bool, False at padding.
+    """
+
+  def train_step(
+    self, tx: optax.GradientTransformation, state: TrainState, batch: Mapping[str, jax.Array]
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """As `update`, of a batch of uint8 pictures as the loader gives it."""
+    normalize = self.preprocessing.normalize
+    pictures = {k: normalize(batch[k]) for k in ("reference", "target")}
+    return self.update(tx, state, {**batch, **pictures})

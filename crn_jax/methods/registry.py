@@ -1,0 +1,27 @@
+"""Methods by name."""
+
+import ml_collections
+
+from crn_jax.errors import UserError
+from crn_jax.methods import crn
+from crn_jax.methods.base import Method
+
+METHODS: dict[str, type[Method]] = {"crn": crn.CRN}
+
+
+def create(
+  config: ml_collections.ConfigDict, vocab_size: int, axis_name: str | None = None
+) -> Method:
+  """The method that a configuration names.
+
+  Args:
+    config: the whole configuration; `config.method` is a key of `METHODS`.
+    vocab_size: number of word ids.
+    axis_name: mapped axis over which the batch is split, if any.
+
+  Raises:
+    UserError: unknown method, or a configuration that it refuses.
+  """
+  if config.method not in METHODS:
+    raise UserError(f"method: unknown {config.method!r}; choose one of {', '.join(METHODS)}")
+  return METHODS[config.method](config, vocab_size, axis_name)

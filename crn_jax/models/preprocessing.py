@@ -1,0 +1,41 @@
+"""How pictures are brought to what a backbone was trained on; it belongs to the backbone."""
+
+import dataclasses
+
+import numpy as np
+
+INTERPOLATIONS = ("bilinear", "bicubic")
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """What a backbone expects of its pictures.
+
+  Attributes:
+    mean, std: of each RGB channel, in units of the full range (255).
+    interpolation: with which pictures are resized, 'bilinear' or 'bicubic', antialiased.
+  """
+
+  mean: tuple[float, float, float]
+  std: tuple[float, float, float]
+  interpolation: str
+
+  def normalize(self, pictures, dtype=np.float32):
+    """(x / 255 - mean) / std per channel.
+
+    Takes NumPy or JAX arrays and gives back the same sort; works under `jax.jit`.
+
+    Args:
+      pictures: [..., h, w, 3] uint8.
+      dtype: of the result; the arithmetic is float32, or float64 if dtype is.
+
+    Returns:
+      [..., h, w, 3] dtype.
+    """
+    compute = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    mean, std = np.asarray(self.mean, compute), np.asarray(self.std, compute)
+    return ((pictures.astype(compute) / compute(255) - mean) / std).astype(dtype)
+
+
+# Pictures are resized as the PyTorch release does it, whatever the weights were trained with.
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")

@@ -1,0 +1,94 @@
+"""The state of a training: the one place that builds it, with values or as shapes only."""
+
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+
+from crn_jax.errors import UserError
+from crn_jax.methods.base import Method, TrainState, Variables
+from crn_jax.models.backbones import registry
+from crn_jax.workdir import weights
+
+
+def initial(method: Method, tx, *, pretrained: bool = True) -> TrainState:
+  """The state before the first update: random values from `config.seed`.
+
+  Backbones start from `config.model.pretrained`, if it is set and `pretrained`; see
+  `check_pretrained` for what is raised.
+  """
+  variables = jax.jit(method.init)(jax.random.key(method.config.seed))
+  if method.config.model.pretrained and pretrained:
+    check_pretrained(method.config)
+    variables = with_pretrained(variables, method.config.model.pretrained)
+  return of_variables(method, tx, variables)
+
+
+def of_variables(method: Method, tx, variables: Variables) -> TrainState:
+  """The state of a run that begins with given variables."""
+  return TrainState.create(variables, tx, averaged=method.config.optimizer.ema_decay > 0)
+
+
+def abstract(method: Method) -> TrainState:
+  """Shapes and dtypes of a state, to restore one into; nothing is computed."""
+  tx = method.optimizer(steps_per_epoch=1, total_steps=1)  # The shapes do not depend on these.
+  return jax.eval_shape(lambda: of_variables(method, tx, method.init(jax.random.key(0))))
+
+
+def with_pretrained(variables: Variables, folder: str) -> Variables:
+  """Variables with the backbone of every part from a folder of converted weights."""
+  for part in variables["params"]:
+    own = {c: tree[part] for c, tree in variables.items() if "backbone" in tree[part]}
+    if own:
+      loaded = weights.load_backbone(folder, {c: tree["backbone"] for c, tree in own.items()})
+      for collection, tree in own.items():
+        tree["backbone"] = loaded[collection]
+  return variables
+
+
+def check_pretrained(config: ml_collections.ConfigDict) -> None:
+  """Checks, from the metadata alone, that `config.model.pretrained` is there and fits.
+
+  Raises:
+    UserError: if the folder of pretrained weights is not there, holds none, or those of another
+      backbone, or of other pictures, than `config.model.backbone`.
+  """
+  path = config.model.pretrained
+  if not path:
+    return
+  if not pathlib.Path(path).exists():
+    raise UserError(
+      f"{path}: pretrained backbone weights (model.pretrained) not found. Make the folder with\n"
+      f"  python convert_torch_weights.py --input=MODEL.safetensors --output={path}\n"
+      f"from published weights (docs/weights.md lists the kinds), or start from random values: "
+      f"--config.model.pretrained=''"
+    )
+  metadata = weights.read_metadata(path)
+  found = metadata["architecture"]
+  module = registry.create(config.model.backbone)
+  wanted = {key: getattr(module, key, None) for key in found if key != "module"}
+  wanted["module"] = type(module).__name__
+  # Tables of another window are interpolated.
+  differences = [
+    f"model.backbone.{key}: {found[key]} in the weights, {wanted[key]} in the configuration"
+    for key in sorted(found.keys() - {"window_size"})
+    if _plain(found[key]) != _plain(wanted[key])
+  ]
+  if differences:
+    raise UserError(
+      f"{path}: weights of another backbone:\n  " + "\n  ".join(differences) + "\n"
+      "Change model.backbone, or convert other weights to another folder."
+    )
+  ours = registry.preprocessing(config.model.backbone)
+  for key in ("mean", "std"):
+    value = tuple(metadata["preprocessing"][key])
+    if not np.allclose(value, getattr(ours, key), atol=1e-3):
+      raise UserError(
+        f"{path}: trained on pictures normalised with {key} {value}, not with "
+        f"{getattr(ours, key)}: give --config.model.backbone.{key}='{value}'"
+      )
+
+
+def _plain(value):
+  return list(value) if isinstance(value, (list, tuple)) else value
