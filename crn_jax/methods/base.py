@@ -138,6 +138,13 @@ class Method(abc.ABC):
       'part/total' for every part.
     """
 
+  def averaged(self, state: TrainState, params: dict) -> dict:
+    """The moving average of all parts after an update from `state` to `params`; {} if not kept."""
+    if not state.average:
+      return {}
+    decay = self.config.optimizer.ema_decay
+    return optimizer.average_parameters(state.average, params, state.step, decay)
+
   def constants(self, variables: Variables) -> Any:
     """What all queries of an evaluation share, computed once; handed to `compose`."""
     del variables
