@@ -9,11 +9,24 @@ from crn_jax import evaluate
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, UNK, Vocabulary
-from crn_jax.reports.pictures.attention import AttentionRow, Word
+from crn_jax.reports.pictures.attention import POSITIONS, WORDS, AttentionRow, Word
 from crn_jax.reports.pictures.grid import GridRow
 from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoded
 
+# Words that name nothing in an image. What negates or compares ("no", "more") is content.
+STOP_WORDS = frozenset((
+  "a", "an", "and", "are", "as", "at", "be", "been", "being", "but", "by", "can", "do", "does",
+  "for", "from", "had", "has", "have", "having", "he", "her", "his", "i", "if", "in", "into", "is",
+  "it", "its", "me", "my", "of", "on", "or", "our", "rather", "she", "so", "some", "than", "that",
+  "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "want", "wants",
+  "was", "we", "were", "which", "while", "with", "would", "you", "your",
+))  # fmt: skip
+# Parts of the model: what their attention weights sum over, and what they say.
+_PARTS = {
+  "local": (WORDS, "Which words each position of the image attends to."),
+  "global": (POSITIONS, "Which positions of the image each word attends to."),
+}
 TOP = 10  # Images shown of a ranking; a target among them counts as found.
 
 
@@ -101,7 +114,7 @@ def attention_rows(
 
   Args:
     chosen: rows of `split.queries`.
-    attention: branch -> [chosen, max_words, h, w], of `Encoder.attention`.
+    attention: part of the model -> [chosen, max_words, h, w], of `Encoder.attention`.
     ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
     split: images and queries.
     protocol: names the gallery.
@@ -115,14 +128,8 @@ def attention_rows(
   rows = []
   for i, query in enumerate(chosen):
     words = shown_words(split.queries.texts[query], table)
-    local, global_ = attention["local"][i], attention["global"][i]
-    if not config.model.mask_padding and len(words) < len(local):
-      # There padding acts like words: left out, the shares would not sum to all. Its shares in the
-      # local branch are added; of where it looks in the global branch the mean is shown.
-      n = len(words)
-      words = [*words, Word(f"{len(local) - n} x padding", "together")]
-      local = np.concatenate([local[:n], local[n:].sum(axis=0, keepdims=True)])
-      global_ = np.concatenate([global_[:n], global_[n:].mean(axis=0, keepdims=True)])
+    if not config.model.mask_padding:  # There padding acts like words.
+      words += [Word("PAD", "padding")] * (table.max_words - len(words))
     picture = images.decode(split.image_paths[split.queries.reference[query]])
     picture = images.center_crop(images.resize_short_side(picture, data.resize), data.image_size)
     rank = ranks[query]
@@ -133,8 +140,9 @@ def attention_rows(
         text=_text(split, query),
         outcome=f"{'found' if rank < TOP else 'missed'}: {outcome}",
         words=tuple(words),
-        local=local[: len(words)],
-        global_=global_[: len(words)],
+        attention={part: weights[i, : len(words)] for part, weights in attention.items()},
+        sums_over={part: _PARTS[part][0] for part in attention},
+        notes={part: _PARTS[part][1] for part in attention},
       )
     )
   return rows
@@ -143,12 +151,14 @@ def attention_rows(
 def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
   """The words of a query as the model reads them: cut, with markers; unknown ones as they stand."""
 
-  def note(i):
+  def note(word, i):
     if i == UNK:
       return "unknown"
-    return "marker" if i < len(RESERVED) else ""
+    if i < len(RESERVED):
+      return "marker"
+    return "stop word" if word in STOP_WORDS else ""
 
-  return [Word(word.strip("<>"), note(i)) for word, i in table.read(texts)]
+  return [Word(word.strip("<>"), note(word, i)) for word, i in table.read(texts)]
 
 
 def _text(split: EvalSplit, query: int) -> str:

@@ -1,21 +1,13 @@
-"""What all pictures made with Pillow share: colours, wrapped text, image cells."""
+"""What all pictures made with Pillow share: wrapped text, image cells, files."""
 
 import os
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from crn_jax.reports import texts
+from crn_jax.reports.pictures import palette
 from crn_jax.workdir import files
-
-# Of Okabe and Ito's palette, whose colours are told apart with every kind of colour blindness.
-BLUE = (0, 114, 178)
-VERMILLION = (213, 94, 0)
-INK = (28, 28, 30)
-FAINT = (105, 105, 110)
-RULE = (216, 216, 220)
-CELL_BACKGROUND = (238, 238, 240)
-UNREADABLE = (190, 190, 194)
-WHITE = (255, 255, 255)
 
 _LINE_SPACING = 1.35
 
@@ -31,7 +23,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def wrap(text: str, font, width: int, max_lines: int) -> list[str]:
   """Breaks at spaces, inside words only if one is wider than a line; cuts with "..." at the end."""
   lines = []
-  for paragraph in text.splitlines():
+  for paragraph in texts.printable(text).splitlines():
     line = ""
     for word in paragraph.split():
       joined = f"{line} {word}" if line else word
@@ -86,11 +78,11 @@ def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
       image = _fit(file.convert("RGB"), side)
   # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
   except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    square = Image.new("RGB", (side, side), UNREADABLE)
+    square = Image.new("RGB", (side, side), palette.UNREADABLE)
     draw = ImageDraw.Draw(square)
-    draw.text((side / 2, side / 2), "unreadable", fill=INK, font=font, anchor="mm")
+    draw.text((side / 2, side / 2), "unreadable", fill=palette.INK, font=font, anchor="mm")
     return square
-  square = Image.new("RGB", (side, side), CELL_BACKGROUND)
+  square = Image.new("RGB", (side, side), palette.EMPTY)
   square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
   return square
 
