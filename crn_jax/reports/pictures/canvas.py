@@ -76,8 +76,7 @@ def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
   try:
     with Image.open(path) as file:
       image = _fit(file.convert("RGB"), side)
-  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+  except Exception:  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
     square = Image.new("RGB", (side, side), palette.UNREADABLE)
     draw = ImageDraw.Draw(square)
     draw.text((side / 2, side / 2), "unreadable", fill=palette.INK, font=font, anchor="mm")
