@@ -11,9 +11,6 @@ from crn_jax.workdir import files
 
 _LINE_SPACING = 1.35
 
-# Below this, enlarging with LANCZOS only blurs; whole pixels say more.
-_TINY = 32
-
 
 def font(size: int) -> ImageFont.FreeTypeFont:
   """Pillow's own font, which is there on every machine."""
@@ -88,8 +85,8 @@ def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
   longest = max(image.size)
-  resample = Image.Resampling.NEAREST if longest < _TINY else Image.Resampling.LANCZOS
-  return image.resize([max(1, round(length * side / longest)) for length in image.size], resample)
+  size = [max(1, round(length * side / longest)) for length in image.size]
+  return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def write_png(image: Image.Image, path: str | os.PathLike) -> None:

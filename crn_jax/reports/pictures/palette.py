@@ -16,20 +16,20 @@ LIGHT = {
   "ink": "#1c1c1e",
   "faint": "#5f5f64",
   "rule": "#d8d8dc",
-  "ground": "#ffffff",
+  "background": "#ffffff",
   "warn": "#8a3d00",
-  "warn-ground": "#fff1e6",
+  "warn-background": "#fff1e6",
 }
 DARK = {
   "ink": "#ececee",
   "faint": "#a6a6ac",
   "rule": "#3c3c41",
-  "ground": "#18181a",
+  "background": "#18181a",
   "warn": "#ffb680",
-  "warn-ground": "#3a2413",
+  "warn-background": "#3a2413",
 }
 PRINT = LIGHT | {"ink": "#000000", "faint": "#444444", "rule": "#bbbbbb"}
 
-INK, FAINT, RULE, WHITE = (LIGHT[name] for name in ("ink", "faint", "rule", "ground"))
+INK, FAINT, RULE, WHITE = (LIGHT[name] for name in ("ink", "faint", "rule", "background"))
 EMPTY = "#eeeef0"  # Around an image that does not fill its cell.
 UNREADABLE = "#bebec2"  # In place of an image that cannot be read.

@@ -24,7 +24,7 @@ def contrast(one, other):
 
 @pytest.mark.parametrize("theme", [palette.LIGHT, palette.DARK, palette.PRINT])
 def test_texts_can_be_read_on_their_ground(theme):
-  pairs = (("ink", "ground"), ("faint", "ground"), ("warn", "warn-ground"))
+  pairs = (("ink", "background"), ("faint", "background"), ("warn", "warn-background"))
   for text, ground in pairs:
     assert contrast(theme[text], theme[ground]) >= 4.5, text  # WCAG 2, level AA.
 
