@@ -98,7 +98,9 @@ def cases(
     for i, query in enumerate(shown.chosen)
   }
   attention = encoder.attention(variables, split, shown.attended, vocabulary)
-  return dataclasses.replace(shown, top=top, attention=attention)
+  return dataclasses.replace(
+    shown, top=top, attention=attention, attention_notes=encoder.method.attention_notes
+  )
 
 
 def caption_use(splits: Sequence[EvalSplit], config: ml_collections.ConfigDict) -> str:

@@ -90,12 +90,15 @@ class Method(abc.ABC):
     vocab_size: number of word ids.
     axis_name: mapped axis over which the batch is split, or None.
     parts: names of the parts.
+    attention_notes: part with attention -> what its weights sum to one over, "words" or
+      "positions", and what it says, in a sentence.
   """
 
   config: ml_collections.ConfigDict
   vocab_size: int
   axis_name: str | None = None
   parts: ClassVar[tuple[str, ...]]
+  attention_notes: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
   @property
   @abc.abstractmethod

@@ -28,6 +28,10 @@ class CRN(Method):
   """CRN, its release and CLVC-Net, by the `model`, `loss` and `update_mode` of a configuration."""
 
   parts = BRANCHES
+  attention_notes = {
+    "local": ("words", "Which words each position of the image attends to."),
+    "global": ("positions", "Which positions of the image each word attends to."),
+  }
 
   def __post_init__(self):
     if self.config.update_mode not in _UPDATE_MODES:

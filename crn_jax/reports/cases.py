@@ -12,6 +12,14 @@ from crn_jax.input_pipeline.tokenizers.words import RESERVED, UNK, Vocabulary
 from crn_jax.reports.pictures.attention import AttentionRow, Word
 from crn_jax.reports.pictures.grid import GridRow
 
+# Words that name nothing in an image. What negates or compares ("no", "more") is content.
+STOP_WORDS = frozenset((
+  "a", "an", "and", "are", "as", "at", "be", "been", "being", "but", "by", "can", "do", "does",
+  "for", "from", "had", "has", "have", "having", "he", "her", "his", "i", "if", "in", "into", "is",
+  "it", "its", "me", "my", "of", "on", "or", "our", "rather", "she", "so", "some", "than", "that",
+  "the", "their", "them", "then", "there", "these", "they", "this", "those", "to", "want", "wants",
+  "was", "we", "were", "which", "while", "with", "would", "you", "your",
+))  # fmt: skip
 TOP = 10  # Images shown of a ranking; a target among them counts as found.
 _ROWS = 8  # Queries of a retrieval grid.
 _ATTENDED = 2  # Queries of a picture of attention: so many found and as many missed.
@@ -57,6 +65,7 @@ class Cases:
     attended: rows of `split.queries`, those of the picture of attention.
     top: row of the groups -> (gallery position, score) of its first `TOP` images, best first.
     attention: part of the model -> [attended, words, h, w]; empty if the method has none.
+    attention_notes: see `Method`.
   """
 
   split: EvalSplit
@@ -66,6 +75,7 @@ class Cases:
   attended: np.ndarray
   top: Mapping[int, Sequence[tuple[int, float]]] = dataclasses.field(default_factory=dict)
   attention: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  attention_notes: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
 
   @classmethod
   def choose(cls, split: EvalSplit, protocol: str, ranks: np.ndarray) -> "Cases":
@@ -104,66 +114,51 @@ class Cases:
       )
     return rows
 
+  def attention_rows(
+    self, table: Vocabulary, config: ml_collections.ConfigDict
+  ) -> list[AttentionRow]:
+    """Rows of the picture of attention.
 
-def attention_rows(
-  chosen: Sequence[int],
-  attention: dict[str, np.ndarray],
-  ranks: np.ndarray,
-  split: EvalSplit,
-  protocol: str,
-  table: Vocabulary,
-  config: ml_collections.ConfigDict,
-) -> list[AttentionRow]:
-  """Rows of a picture of attention.
-
-  Args:
-    chosen: rows of `split.queries`.
-    attention: branch -> [chosen, max_words, h, w], see `Cases`.
-    ranks: [queries] int, 0-based rank of every query's target in the protocol's gallery.
-    split: images and queries.
-    protocol: names the gallery.
-    table: the run's vocabulary.
-    config: the whole configuration.
-  """
-  data = config.data
-  in_gallery = np.isin(split.target_labels, split.labels[split.galleries[protocol]])
-  rows = []
-  for i, query in enumerate(chosen):
-    words = shown_words(split.queries.texts[query], table)
-    local, global_ = attention["local"][i], attention["global"][i]
-    if not config.model.mask_padding and len(words) < len(local):
-      # There padding acts like words: left out, the shares would not sum to all. Its shares in the
-      # local branch are added; of where it looks in the global branch the mean is shown.
-      n = len(words)
-      words = [*words, Word(f"{len(local) - n} x padding", "together")]
-      local = np.concatenate([local[:n], local[n:].sum(axis=0, keepdims=True)])
-      global_ = np.concatenate([global_[:n], global_[n:].mean(axis=0, keepdims=True)])
-    picture = images.decode(split.image_paths[split.queries.reference[query]])
-    picture = images.center_crop(images.resize_short_side(picture, data.resize), data.image_size)
-    rank = ranks[query]
-    outcome = f"target at rank {rank + 1}" if in_gallery[query] else "target not in the gallery"
-    rows.append(
-      AttentionRow(
-        reference=picture,
-        text=text(split, query),
-        outcome=f"{'found' if rank < TOP else 'missed'}: {outcome}",
-        words=tuple(words),
-        local=local[: len(words)],
-        global_=global_[: len(words)],
+    Args:
+      table: the run's vocabulary.
+      config: the whole configuration.
+    """
+    split, data = self.split, config.data
+    in_gallery = np.isin(split.target_labels, split.labels[split.galleries[self.protocol]])
+    rows = []
+    for i, query in enumerate(self.attended):
+      words = shown_words(split.queries.texts[query], table)
+      if not config.model.mask_padding:  # There padding acts like words.
+        words += [Word("PAD", "padding")] * (table.max_words - len(words))
+      picture = images.decode(split.image_paths[split.queries.reference[query]])
+      picture = images.center_crop(images.resize_short_side(picture, data.resize), data.image_size)
+      rank = self.ranks[query]
+      outcome = f"target at rank {rank + 1}" if in_gallery[query] else "target not in the gallery"
+      rows.append(
+        AttentionRow(
+          reference=picture,
+          text=text(split, query),
+          outcome=f"{'found' if rank < TOP else 'missed'}: {outcome}",
+          words=tuple(words),
+          attention={part: weights[i, : len(words)] for part, weights in self.attention.items()},
+          sums_over={part: self.attention_notes[part][0] for part in self.attention},
+          notes={part: self.attention_notes[part][1] for part in self.attention},
+        )
       )
-    )
-  return rows
+    return rows
 
 
 def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
   """The words of a query as the model reads them: cut, with markers; unknown ones as they stand."""
 
-  def note(i):
+  def note(word, i):
     if i == UNK:
       return "unknown"
-    return "marker" if i < len(RESERVED) else ""
+    if i < len(RESERVED):
+      return "marker"
+    return "stop word" if word in STOP_WORDS else ""
 
-  return [Word(word.strip("<>"), note(i)) for word, i in table.read(texts)]
+  return [Word(word.strip("<>"), note(word, i)) for word, i in table.read(texts)]
 
 
 def text(split: EvalSplit, query: int) -> str:

@@ -12,6 +12,8 @@ import sys
 import jinja2
 from PIL import Image
 
+from crn_jax.reports import texts
+from crn_jax.reports.pictures import palette
 from crn_jax.workdir import files
 
 # Photographs in a grid stand this well; lines and text stay sharp.
@@ -26,11 +28,13 @@ class Figure:
     title: its heading.
     path: its file.
     note: what it shows, where the picture does not say it; also its text for screen readers.
+    rows: what its rows say, as text to be searched, copied and read aloud.
   """
 
   title: str
   path: pathlib.Path
   note: str = ""
+  rows: tuple[str, ...] = ()
 
   @property
   def source(self) -> str:
@@ -50,8 +54,10 @@ def write(template: str, path: str | os.PathLike, **values) -> None:
   Args:
     template: name of a file in `crn_jax/reports/templates`.
     path: the HTML file.
-    **values: what the template shows. Texts are escaped.
+    **values: what the template shows. Texts are escaped; "?" stands for what UTF-8 cannot hold.
+      The template also gets `folder`, the name of the folder of `path`, and the palette.
   """
+  path = pathlib.Path(path)
   environment = jinja2.Environment(
     loader=jinja2.PackageLoader("crn_jax.reports", "templates"),
     autoescape=True,
@@ -59,9 +65,15 @@ def write(template: str, path: str | os.PathLike, **values) -> None:
     trim_blocks=True,
     lstrip_blocks=True,
   )
-  text = environment.get_template(template).render(versions=versions(), command=command(), **values)
+  text = environment.get_template(template).render(
+    versions=versions(),
+    command=command(),
+    folder=path.absolute().parent.name,
+    palette={"light": palette.LIGHT, "dark": palette.DARK, "print": palette.PRINT},
+    **values,
+  )
   with files.replacing(path) as temporary:
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(texts.printable(text), encoding="utf-8")
 
 
 def embedded(path: str | os.PathLike) -> str:
@@ -78,13 +90,15 @@ def embedded(path: str | os.PathLike) -> str:
 
 def versions() -> dict[str, str]:
   """Versions of what computed the numbers."""
-  found = {}
-  for name in ("crn-jax", "jax", "flax"):
-    try:
-      found[name] = importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:  # Run from a folder without an installation.
-      found[name] = "not installed"
-  return found | {"Python": ".".join(map(str, sys.version_info[:3]))}
+  python = ".".join(map(str, sys.version_info[:3]))
+  return {name: _version(name) for name in ("crn-jax", "jax", "flax")} | {"Python": python}
+
+
+def _version(distribution: str) -> str:
+  try:
+    return importlib.metadata.version(distribution)
+  except importlib.metadata.PackageNotFoundError:  # E.g. run from a folder without installation.
+    return "not installed"
 
 
 def command() -> str:

@@ -168,7 +168,7 @@ def _curves(config, workdir, results: Results, ranks, splits) -> _Section:
   if recorded.metrics("train/") and _drawn(
     path, lambda: curves.training_curves(recorded, path, title=title)
   ):
-    note = "losses of the batches that were logged; recalls on the evaluation queries"
+    note = "losses: means over the steps since the record before; recalls on the evaluation queries"
     figures.append(page.Figure("Course of the training", path, note))
   return _Section("Curves", tuple(figures))
 
@@ -196,8 +196,16 @@ def _grids(folder, shown: Cases, results: Results) -> list[page.Figure]:
         shown.grid_rows(group), path, title=heading
       ),
     ):
-      figures.append(page.Figure(name, path, how))
+      figures.append(page.Figure(name, path, how, rows=_spoken(shown, group)))
   return figures
+
+
+def _spoken(shown: Cases, group: str) -> tuple[str, ...]:
+  """The rows of a grid in words, to be searched and read aloud."""
+  return tuple(
+    f"{row.text}: target {'not in the gallery' if row.rank is None else f'at rank {row.rank + 1}'}"
+    for row in shown.grid_rows(group)
+  )
 
 
 def _attention(config, folder, shown: Cases, results: Results, vocabulary) -> list[page.Figure]:
@@ -206,9 +214,7 @@ def _attention(config, folder, shown: Cases, results: Results, vocabulary) -> li
   split, path = shown.split, folder / f"attention_{shown.split.name}.png"
 
   def draw():
-    rows = cases.attention_rows(
-      shown.attended, shown.attention, shown.ranks, split, shown.protocol, vocabulary, config
-    )
+    rows = shown.attention_rows(vocabulary, config)
     heading = f"Attention. {title(split, shown.protocol, results)}"
     attention.attention_maps(rows, path, title=heading)
 

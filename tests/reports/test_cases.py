@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from crn_jax.methods.crn import CRN
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import cases
 from crn_jax.reports.pictures.attention import Word
@@ -110,19 +111,19 @@ class TestWords:
 
   def test_markers_and_unknown_words_are_named(self):
     assert self.words(("is red", "is blue")) == [
-      Word("BOS", "marker"), Word("is"), Word("red", "unknown"), Word("AND", "marker"),
-      Word("is"), Word("blue"), Word("EOS", "marker"),
+      Word("BOS", "marker"), Word("is", "stop word"), Word("red", "unknown"),
+      Word("AND", "marker"), Word("is", "stop word"), Word("blue"), Word("EOS", "marker"),
     ]  # fmt: skip
 
   def test_a_long_text_is_shown_as_it_is_cut(self):
     assert self.words(("is blue is blue",), max_words=4) == [
-      Word("BOS", "marker"), Word("is"), Word("blue"), Word("EOS", "marker")
+      Word("BOS", "marker"), Word("is", "stop word"), Word("blue"), Word("EOS", "marker")
     ]  # fmt: skip
 
   def test_the_release_reads_its_markers_as_words(self):
     assert self.words(("is blue", "is long"), "crn_released") == [
-      Word("bos", "unknown"), Word("is"), Word("blue"), Word("and", "unknown"), Word("is"),
-      Word("long"), Word("eos", "unknown"),
+      Word("bos", "unknown"), Word("is", "stop word"), Word("blue"), Word("and", "unknown"),
+      Word("is", "stop word"), Word("long"), Word("eos", "unknown"),
     ]  # fmt: skip
 
   @pytest.mark.parametrize("preset", ["crn", "crn_released"])
@@ -130,6 +131,13 @@ class TestWords:
     table = made_up.vocabulary(made_up.config(preset))
     for texts in (("is blue",), ("",), ("!!!", "is blue " * 9)):
       assert len(self.words(texts, preset)) == table.encode(texts)[1].sum()
+
+
+def attended(split, ranks, chosen, attention) -> cases.Cases:
+  shown = cases.Cases.choose(split, "val_split", ranks)
+  return dataclasses.replace(
+    shown, attended=np.asarray(chosen), attention=attention, attention_notes=CRN.attention_notes
+  )
 
 
 class TestAttentionRows:
@@ -141,21 +149,28 @@ class TestAttentionRows:
     weights = made_up.Encoder(config).attention(None, split, chosen, table)
     ranks = np.full(len(split.queries), 3)
     ranks[1] = 40
-    return weights, cases.attention_rows(chosen, weights, ranks, split, "val_split", table, config)
+    shown = attended(split, ranks, chosen, weights)
+    return weights, shown.attention_rows(table, config)
 
   def test_padding_that_takes_no_part_is_left_out(self, tmp_path):
     weights, (first, second) = self.rows(tmp_path, made_up.config())
     assert [w.text for w in second.words] == ["BOS", "is", "red", "EOS"]
-    np.testing.assert_array_equal(second.local, weights["local"][1, :4])
-    np.testing.assert_array_equal(second.global_, weights["global"][1, :4])
+    for part in ("local", "global"):
+      np.testing.assert_array_equal(second.attention[part], weights[part][1, :4])
     assert len(first.words) == 8
 
-  def test_padding_that_acts_like_words_is_shown_together(self, tmp_path):
+  def test_padding_that_acts_like_words_is_among_them(self, tmp_path):
     weights, (_, second) = self.rows(tmp_path, made_up.config("crn_released"))
-    assert [w.text for w in second.words] == ["is", "red", "6 x padding"]
-    assert second.local.shape == (3, 1, 1)
-    np.testing.assert_allclose(second.local.sum(), 1, rtol=1e-6)
-    np.testing.assert_allclose(second.global_, 1, rtol=1e-6)
+    assert second.words == (
+      Word("is", "stop word"), Word("red", "unknown"), *[Word("PAD", "padding")] * 6
+    )  # fmt: skip
+    for part in ("local", "global"):
+      np.testing.assert_array_equal(second.attention[part], weights[part][1])
+
+  def test_it_says_over_what_a_part_sums(self, tmp_path):
+    _, (first, _) = self.rows(tmp_path, made_up.config())
+    assert first.sums_over == {"local": "words", "global": "positions"}
+    assert all(first.notes[part].endswith(".") for part in first.attention)
 
   def test_the_outcome_counts_from_one(self, tmp_path):
     _, (first, second) = self.rows(tmp_path, made_up.config())
@@ -195,5 +210,5 @@ def test_attention_of_a_model_sums_to_one_and_belongs_to_its_query(tmp_path, pre
   alone = encoder.attention(variables, split, chosen[-1:], table)
   for branch in ("local", "global"):
     np.testing.assert_allclose(found[branch][-1], alone[branch][0], rtol=1e-4)
-  rows = cases.attention_rows(chosen, found, np.zeros(20, int), split, "val_split", table, config)
-  assert [row.local.shape[1:] for row in rows] == [grid] * 9
+  rows = attended(split, np.zeros(20, int), chosen, found).attention_rows(table, config)
+  assert [row.grid for row in rows] == [grid] * 9

@@ -61,7 +61,7 @@ class TestResult:
     with Image.open(tmp_path / "out" / "compare.png") as picture:
       assert picture.width > 1000
     page = Page(tmp_path / "out" / "compare.html")
-    assert all(link.startswith("data:") for link in page.links)
+    assert all(link.startswith(("data:", "#")) for link in page.links)
     assert f"{results['R@10']:.2f} {low:.1f}-{high:.1f}" in page.text
     assert "optimizer.learning_rate 3e-05 0.0001" in page.text
 

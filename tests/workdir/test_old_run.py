@@ -1,7 +1,8 @@
 """A run and converted weights of an earlier version are continued, evaluated and exported.
 
-tests/goldens/old_run.tar.xz was written by version 0.1.0 (commit c521260): a run of `config` stopped after
-the first of two epochs, the backbone it began from, and what that version then made of them.
+tests/goldens/old_run.tar.xz was written by version 0.1.0 (commit c521260): a run of `config`
+stopped after the first of two epochs, the backbone it began from, and what that version then made
+of them.
 """
 
 import hashlib

@@ -1,26 +1,15 @@
-"""What all pictures made with Pillow share: colours, wrapped text, image cells."""
+"""What all pictures made with Pillow share: wrapped text, image cells, files."""
 
 import os
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from crn_jax.reports import texts
+from crn_jax.reports.pictures import palette
 from crn_jax.workdir import files
 
-# Of Okabe and Ito's palette, whose colours are told apart with every kind of colour blindness.
-BLUE = (0, 114, 178)
-VERMILLION = (213, 94, 0)
-INK = (28, 28, 30)
-FAINT = (105, 105, 110)
-RULE = (216, 216, 220)
-CELL_BACKGROUND = (238, 238, 240)
-UNREADABLE = (190, 190, 194)
-WHITE = (255, 255, 255)
-
 _LINE_SPACING = 1.35
-
-# Below this, enlarging with LANCZOS only blurs; whole pixels say more.
-_TINY = 32
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -31,7 +20,7 @@ def font(size: int) -> ImageFont.FreeTypeFont:
 def wrap(text: str, font, width: int, max_lines: int) -> list[str]:
   """Breaks at spaces, inside words only if one is wider than a line; cuts with "..." at the end."""
   lines = []
-  for paragraph in text.splitlines():
+  for paragraph in texts.printable(text).splitlines():
     line = ""
     for word in paragraph.split():
       joined = f"{line} {word}" if line else word
@@ -84,21 +73,20 @@ def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
   try:
     with Image.open(path) as file:
       image = _fit(file.convert("RGB"), side)
-  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
-  except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-    square = Image.new("RGB", (side, side), UNREADABLE)
+  except Exception:  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
+    square = Image.new("RGB", (side, side), palette.UNREADABLE)
     draw = ImageDraw.Draw(square)
-    draw.text((side / 2, side / 2), "unreadable", fill=INK, font=font, anchor="mm")
+    draw.text((side / 2, side / 2), "unreadable", fill=palette.INK, font=font, anchor="mm")
     return square
-  square = Image.new("RGB", (side, side), CELL_BACKGROUND)
+  square = Image.new("RGB", (side, side), palette.EMPTY)
   square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
   return square
 
 
 def _fit(image: Image.Image, side: int) -> Image.Image:
   longest = max(image.size)
-  resample = Image.Resampling.NEAREST if longest < _TINY else Image.Resampling.LANCZOS
-  return image.resize([max(1, round(length * side / longest)) for length in image.size], resample)
+  size = [max(1, round(length * side / longest)) for length in image.size]
+  return image.resize(size, Image.Resampling.LANCZOS)
 
 
 def write_png(image: Image.Image, path: str | os.PathLike) -> None:

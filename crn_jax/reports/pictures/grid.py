@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from crn_jax.reports.pictures import canvas
+from crn_jax.reports.pictures import canvas, palette
 
 CELL = 112  # Side of an image cell; all lengths here are pixels.
 _MARGIN = 20
@@ -107,13 +107,13 @@ def _draw_grid(rows: Sequence[GridRow], title: str) -> Image.Image:
   first_row_y = header_y + canvas.line_height(fonts.header) + _GAP // 2
   height = first_row_y + sum(h + 2 * _ROW_PADDING for h in heights) + _MARGIN - _ROW_PADDING
 
-  sheet = Image.new("RGB", (columns.width, height), canvas.WHITE)
+  sheet = Image.new("RGB", (columns.width, height), palette.WHITE)
   draw = ImageDraw.Draw(sheet)
-  canvas.draw_lines(draw, (_MARGIN, _MARGIN), title_lines, fonts.title, canvas.INK)
+  canvas.draw_lines(draw, (_MARGIN, _MARGIN), title_lines, fonts.title, palette.INK)
   _draw_header(draw, header_y, columns, fonts.header)
   y = first_row_y
   for row, lines, row_height in zip(rows, texts, heights, strict=True):
-    draw.line((_MARGIN, y, columns.width - _MARGIN, y), fill=canvas.RULE)
+    draw.line((_MARGIN, y, columns.width - _MARGIN, y), fill=palette.RULE)
     _draw_row(sheet, draw, y + _ROW_PADDING, row, lines, columns, fonts)
     y += row_height + 2 * _ROW_PADDING
   return sheet
@@ -138,26 +138,26 @@ def _draw_header(draw, y: int, columns: _Columns, font) -> None:
   if columns.missed is not None:
     labels.append((columns.missed, "Missed target"))
   for x, label in labels:
-    draw.text((x, y), label, fill=canvas.FAINT, font=font)
+    draw.text((x, y), label, fill=palette.FAINT, font=font)
 
 
 def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts: _Fonts) -> None:
   sheet.paste(canvas.cell(row.reference, CELL, fonts.caption), (columns.reference, y))
-  canvas.draw_lines(draw, (columns.text, y), lines, fonts.text, canvas.INK)
+  canvas.draw_lines(draw, (columns.text, y), lines, fonts.text, palette.INK)
   # A row may hold fewer images than the longest one.
   for position, (x, (path, score)) in enumerate(zip(columns.top, row.top, strict=False)):
     sheet.paste(canvas.cell(path, CELL, fonts.caption), (x, y))
     caption = f"{position + 1}   {score:.3f}"
     if position == row.target_position:
-      _draw_frame(draw, x, y, canvas.BLUE, dashed=False)
-      _draw_label(draw, x, y, f"{caption}   target", canvas.BLUE, fonts.caption)
+      _draw_frame(draw, x, y, palette.BLUE, dashed=False)
+      _draw_label(draw, x, y, f"{caption}   target", palette.BLUE, fonts.caption)
     else:
-      _draw_caption(draw, x, y, caption, canvas.INK, fonts.caption)
+      _draw_caption(draw, x, y, caption, palette.INK, fonts.caption)
   if row.target_position is None:
     sheet.paste(canvas.cell(row.target, CELL, fonts.caption), (columns.missed, y))
     rank = "not in the gallery" if row.rank is None else f"target: rank {row.rank + 1}"
-    _draw_frame(draw, columns.missed, y, canvas.VERMILLION, dashed=True)
-    _draw_label(draw, columns.missed, y, rank, canvas.VERMILLION, fonts.caption)
+    _draw_frame(draw, columns.missed, y, palette.VERMILLION, dashed=True)
+    _draw_label(draw, columns.missed, y, rank, palette.VERMILLION, fonts.caption)
 
 
 def _draw_frame(draw, x: int, y: int, colour, *, dashed: bool) -> None:
@@ -179,7 +179,7 @@ def _draw_label(draw, x: int, y: int, text: str, colour, font) -> None:
   """A caption in white on the colour of the frame that it hangs from."""
   top = y + CELL
   draw.rectangle((x - _FRAME, top, x + CELL + _FRAME - 1, top + _CAPTION), fill=colour)
-  _draw_caption(draw, x, y, text, canvas.WHITE, font)
+  _draw_caption(draw, x, y, text, palette.WHITE, font)
 
 
 def _draw_caption(draw, x: int, y: int, text: str, colour, font) -> None:

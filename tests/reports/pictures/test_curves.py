@@ -43,9 +43,8 @@ def titles(figure):
 
 
 def step_record(step, value):
-  names = ("total", "classification", "logit_scale", "grad_norm")
-  both = {f"train/{b}/{n}": value for b in ("local", "global") for n in names}
-  return {"step": step, **both, "train/local/perceptual": value, "train/learning_rate": 1e-3}
+  losses = {f"train/{p}/{n}": value for p in ("coarse", "fine") for n in ("margin", "grad_norm")}
+  return {"step": step, **losses, "train/fine/total_loss": value, "train/learning_rate": 1e-3}
 
 
 def recall_record(step, value):
@@ -58,21 +57,38 @@ class TestTraining:
     curves.training_curves(History(tuple(records)), path, title="a run")
     assert is_png(path)
 
-  def test_many_points(self, figures, tmp_path):
-    self.draw([step_record(i, 5 / i) for i in range(1, 50)], tmp_path)
+  def test_every_term_is_a_panel_and_every_part_a_line_as_recorded(self, figures, tmp_path):
+    self.draw([step_record(i, 5 + 1 / i) for i in range(1, 50)], tmp_path)
     (figure,) = figures
-    assert titles(figure) == ["total loss", "classification", "perceptual (local only)",
-                              "learning rate", "logit scale (1 / temperature)",
-                              "gradient norm (logarithmic)"]  # fmt: skip
-    local, global_ = figure.axes[0].get_lines()
-    np.testing.assert_allclose(local.get_ydata(), 5 / np.arange(1, 50))
-    assert local.get_label() == "local"
-    assert (local.get_color(), local.get_linestyle()) != (
-      global_.get_color(),
-      global_.get_linestyle(),
-    )
-    assert local.get_marker() == "None"
+    assert titles(figure) == ["margin", "grad norm", "total loss", "learning rate"]
+    coarse, fine = figure.axes[0].get_lines()
+    np.testing.assert_allclose(coarse.get_ydata(), 5 + 1 / np.arange(1, 50))
+    assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["coarse", "fine"]
+    assert coarse.get_color() != fine.get_color()
+    assert coarse.get_linestyle() != fine.get_linestyle()
+    assert coarse.get_marker() == "None"
+    (alone,) = figure.axes[2].get_lines()
+    assert (alone.get_color(), alone.get_label()) == (fine.get_color(), "fine")
+    assert figure.axes[1].get_legend() is None  # The first panel has said it.
     assert inside(figure)
+
+  def test_a_part_that_appears_later_is_explained_where_it_appears(self, figures, tmp_path):
+    self.draw([{"step": 1, "train/a/x": 1.0, "train/b/y": 1.0}], tmp_path)
+    legends = [a.get_legend().get_texts() for a in figures[0].axes]
+    assert [[t.get_text() for t in legend] for legend in legends] == [["a"], ["b"]]
+
+  def test_the_figure_says_over_what_losses_are_means(self, figures, tmp_path):
+    self.draw([step_record(1, 2.0)], tmp_path)
+    assert "means over the steps since the record before" in figures[0].get_suptitle()
+
+  def test_a_record_at_an_evaluation_makes_no_vertical_line(self, figures, tmp_path):
+    records = [step_record(s, 1.0) for s in (50, 100, 150)]
+    records += [step_record(153, 9.0), step_record(200, 1.0), step_record(201, 9.0)]
+    self.draw(records, tmp_path)
+    line = figures[0].axes[0].get_lines()[0]
+    assert line.get_xdata().tolist() == [50, 100, 150, 201]
+    # Means over the 51 steps since 150, of which 3 + 1 had a loss of 9.
+    np.testing.assert_allclose(line.get_ydata(), [1, 1, 1, (4 * 9 + 47) / 51])
 
   def test_one_point_is_a_dot(self, figures, tmp_path):
     self.draw([step_record(3, 2.0)], tmp_path)
@@ -80,16 +96,24 @@ class TestTraining:
 
   def test_values_that_are_not_finite_are_gaps(self, figures, tmp_path):
     self.draw([step_record(1, 2.0), step_record(2, NAN), step_record(3, 1.0)], tmp_path)
-    assert "gradient norm (logarithmic)" in titles(figures[0])
+    np.testing.assert_array_equal(figures[0].axes[0].get_lines()[0].get_ydata(), [2, NAN, 1])
 
   def test_panels_of_nothing_finite_are_left_out(self, figures, tmp_path):
     self.draw([step_record(1, NAN)], tmp_path)
     assert titles(figures[0]) == ["learning rate"]
 
-  def test_a_gradient_of_zero_has_no_logarithm(self, figures, tmp_path):
-    self.draw([step_record(1, 0.0), step_record(2, 1.0)], tmp_path)
-    assert "gradient norm" in titles(figures[0])
-    assert figures[0].axes[5].get_yscale() == "linear"
+  @pytest.mark.parametrize(
+    ("values", "scale"),
+    [((40.0, 1.0), "log"), ((900.0, 1.0), "log"), ((20.0, 1.0), "linear"), ((1.0, 0.0), "linear"),
+     ((40.0, -1.0), "linear"), ((float("inf"), 1.0), "linear")],
+  )  # fmt: skip
+  def test_what_differs_much_and_is_above_zero_is_drawn_logarithmically(
+    self, figures, tmp_path, values, scale
+  ):
+    self.draw([step_record(s, value) for s, value in enumerate(values, 1)], tmp_path)
+    axes = figures[0].axes[0]
+    assert axes.get_yscale() == scale
+    assert ("(logarithmic)" in axes.get_title(loc="left")) == (scale == "log")
 
   def test_recalls_need_two_evaluations_to_be_a_course(self, figures, tmp_path):
     self.draw([step_record(1, 1.0), recall_record(1, 10.0)], tmp_path)
@@ -98,10 +122,52 @@ class TestTraining:
     assert "recall, val_split" not in once
     assert {"recall, val_split", "recall, original_split"} <= set(twice)
 
+  def test_a_metric_has_one_colour_in_all_protocols(self, figures, tmp_path):
+    records = [{"step": s, "eval/a/R@1": 1, "eval/a/R@5": 2, "eval/b/R@5": 3} for s in (1, 2)]
+    self.draw(records, tmp_path)
+    first, second = figures[0].axes
+    assert first.get_lines()[1].get_color() == second.get_lines()[0].get_color()
+    assert first.get_lines()[0].get_color() != first.get_lines()[1].get_color()
+
   @pytest.mark.parametrize("records", [[], [recall_record(1, 10.0)], [{"step": 1}]])
   def test_nothing_to_draw_is_an_error(self, records, tmp_path):
     with pytest.raises(ValueError, match="needs a loss"):
       self.draw(records, tmp_path)
+
+
+class TestWindows:
+  def test_windows_of_the_usual_length_stay_as_they_are(self):
+    steps, values = np.arange(10, 50, 10), np.arange(4.0)
+    for found, expected in zip(curves.windows(steps, values), (steps, values), strict=True):
+      np.testing.assert_array_equal(found, expected)
+
+  def test_a_short_window_is_joined_with_the_next_and_weighs_its_steps(self):
+    steps, values = curves.windows(np.array([10, 20, 22, 30]), np.array([1.0, 1.0, 5.0, 2.0]))
+    np.testing.assert_array_equal(steps, [10, 20, 30])
+    np.testing.assert_allclose(values, [1, 1, (2 * 5 + 8 * 2) / 10])
+
+  def test_a_short_last_window_is_joined_with_the_one_before(self):
+    steps, values = curves.windows(np.array([10, 20, 21]), np.array([1.0, 2.0, 13.0]))
+    np.testing.assert_array_equal(steps, [10, 21])
+    np.testing.assert_allclose(values, [1, (10 * 2 + 13) / 11])
+
+  def test_half_a_window_is_long_enough(self):
+    steps, _ = curves.windows(np.array([10, 15, 25]), np.zeros(3))
+    np.testing.assert_array_equal(steps, [10, 15, 25])
+
+  def test_no_step_is_lost_whatever_the_records_are(self):
+    rng = np.random.default_rng(0)
+    for n in range(1, 40):
+      steps = np.cumsum(rng.integers(1, 60, n))
+      values = rng.random(n)
+      ends, means = curves.windows(steps, values)
+      assert ends[-1] == steps[-1]
+      assert set(ends) <= set(steps)
+      lengths = np.diff(ends, prepend=0)
+      usual = np.median(np.diff(steps, prepend=0))
+      assert (lengths >= usual / 2).all()
+      total = (np.diff(steps, prepend=0) * values).sum()
+      np.testing.assert_allclose((lengths * means).sum(), total, rtol=1e-12)
 
 
 class TestRecall:
