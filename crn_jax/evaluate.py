@@ -6,19 +6,11 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset, EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoded, Encoder
 
-# What a protocol ranks and what it counts as a hit.
-PROTOCOLS = {
-  "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
-  "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
-  "eval_list": "the images of eval_im_names.txt; a target that is not among them is a miss",
-  "test_images": "all test images; any image with the target's caption is a hit",
-}
 QUERY_KINDS = ("composed", "image_only", "text_only")
 
 # split name -> protocol -> kind of query -> [queries] int, 0-based rank of the target.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, ImageStore, TrainSplit
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
@@ -28,10 +29,10 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
   """Number of whole batches in n items; the incomplete last one is dropped.
 
   Raises:
-    ValueError: batch_size is not in 1 .. n.
+    UserError: batch_size is not in 1 .. n.
   """
   if not 1 <= batch_size <= n:
-    raise ValueError(
+    raise UserError(
       f"batch_size: expected 1 .. {n}, the number of train triplets, got {batch_size}"
     )
   return n // batch_size

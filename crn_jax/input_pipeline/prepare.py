@@ -7,7 +7,8 @@ import numpy as np
 
 from crn_jax.input_pipeline import loader, prepared
 from crn_jax.input_pipeline.checks import missing
-from crn_jax.input_pipeline.registry import Dataset, open_dataset
+from crn_jax.input_pipeline.dataset import Dataset
+from crn_jax.input_pipeline.registry import DATASETS, open_dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary, tokenize
 
 
@@ -21,7 +22,7 @@ def prepare(config: ml_collections.ConfigDict) -> str:
     The report, for people to read.
 
   Raises:
-    ValueError, FileNotFoundError: training would stop; one message lists everything that is wrong.
+    UserError: training would stop; one message lists everything that is wrong.
       Or the prepared images cannot be written, see `prepared.prepare`.
   """
   plain = config.data.copy_and_resolve_references()
@@ -36,7 +37,7 @@ def prepare(config: ml_collections.ConfigDict) -> str:
     return text
   splits = (dataset.train, *dataset.evals)
   paths = dict.fromkeys(path for split in splits for path in split.image_paths)
-  return f"{text}\n{prepared.prepare(config.data, tuple(paths))}"
+  return f"{text}\n{prepared.prepare(DATASETS[config.data.dataset], config.data, tuple(paths))}"
 
 
 def report(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> str:
@@ -45,7 +46,7 @@ def report(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> str:
   Args:
     dataset: with its train split.
     vocabulary: of its captions.
-    seed: of the run; where triplets are drawn anew each epoch, the first epoch's texts are told.
+    seed: of the run; where triplets are drawn anew each epoch, the first epoch's texts are counted.
   """
   train = dataset.train
   triplets = train.triplets.draw(seed, 0)

@@ -9,8 +9,7 @@ import numpy as np
 
 from crn_jax import evaluate
 from crn_jax.evaluate import Evaluation
-from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset, EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.reports import cases, page, tables
 from crn_jax.reports.pictures import attention, curves, grid

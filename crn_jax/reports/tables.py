@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 
 from crn_jax import evaluate
+from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import missing
 
 
@@ -126,7 +127,8 @@ def result_tables(results: dict) -> list[Table]:
 
 def protocol_note(protocols: Iterable[str]) -> str:
   """What the protocols of a result mean."""
-  known = [f"{p} ranks {evaluate.PROTOCOLS[p]}" for p in protocols if p in evaluate.PROTOCOLS]
+  described = registry.protocols()
+  known = [f"{p} ranks {described[p]}" for p in protocols if p in described]
   warning = " Recalls of different protocols are not comparable." if len(known) > 1 else ""
   return "; ".join(known) + "." + warning
 

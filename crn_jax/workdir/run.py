@@ -6,7 +6,7 @@ import pathlib
 
 import ml_collections
 
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.workdir import files
 
 # Fields that do not change what a step computes, and so may differ when a run is continued.

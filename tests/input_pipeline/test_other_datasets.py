@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs import default, fashion200k, shoes
 from crn_jax import evaluate
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import prepare, registry
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
 from crn_jax.reports import cases, report, tables
@@ -47,7 +48,7 @@ def test_results_and_pictures_name_the_protocol(name, tmp_path):
   assert recalls["gallery"] == gallery
   # Seven images: all targets that are among them are among the first seven.
   assert recalls["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
-  sentence = f"{protocol} ranks {evaluate.PROTOCOLS[protocol]}."
+  sentence = f"{protocol} ranks {registry.protocols()[protocol]}."
   assert sentence in tables.results_as_text(found.results)
   report.write(made_up.Encoder(c), None, made_up.vocabulary(c), tmp_path, data, found)
   assert sentence in html.unescape((tmp_path / "report.html").read_text())
@@ -102,7 +103,7 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
   assert [r.rank is None for r in rows] == (~np.isin(wanted, captions)).tolist()
 
 
-def test_prepare_tells_what_there_is(tmp_path):
+def test_prepare_reports_what_there_is(tmp_path):
   assert prepare.prepare(config("shoes")) == (
     "shoes: training can start.\n"
     "train: 10 triplets an epoch, 8 images, 25 words\n"
@@ -116,7 +117,7 @@ def test_prepare_tells_what_there_is(tmp_path):
   labels.write_text(labels.read_text() + first + "\n")
   (root / "women/dresses/gowns/106/106_0.jpeg").unlink()
   c = config("fashion200k", root)
-  with pytest.raises(ValueError, match=r"106_0\.jpeg(?s:.*)skipped in train: 1 of 15 triplets"):
+  with pytest.raises(UserError, match=r"106_0\.jpeg(?s:.*)skipped in train: 1 of 15 triplets"):
     prepare.prepare(c)
   c.data.on_missing = "skip"
   c.data.max_words = 5
@@ -126,7 +127,7 @@ def test_prepare_tells_what_there_is(tmp_path):
   assert "labels of train: 1 repeated image paths, each counts once" in report
   assert "skipped in train: 1 of 15 triplets" in report
   c.batch_size = 15
-  with pytest.raises(ValueError, match="batch_size: expected 1 .. 14"):
+  with pytest.raises(UserError, match="batch_size: expected 1 .. 14"):
     prepare.prepare(c)
 
 

@@ -3,14 +3,18 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from configs import default
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import verify
 
-MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data" / "fashioniq"
+MINI_DATA = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
+MINI = MINI_DATA / "fashioniq"
 
 
 @pytest.fixture
@@ -26,13 +30,13 @@ def open_shirts(root, train=True, known_digest=None, **changes):
 
 
 def test_unknown_data_set_is_refused(root):
-  with pytest.raises(ValueError, match="'fashioniq', 'shoes', .* got 'cirr'"):
+  with pytest.raises(UserError, match="'fashioniq', 'shoes', .* got 'cirr'"):
     open_shirts(root, dataset="cirr")
 
 
-def test_holes_are_an_error_unless_they_are_to_be_skipped(root):
+def test_missing_data_are_an_error_unless_they_are_to_be_skipped(root):
   (root / "resized_image/shirt/B00SHIRT04.jpg").unlink()
-  with pytest.raises(ValueError, match="B00SHIRT04"):
+  with pytest.raises(UserError, match="B00SHIRT04"):
     open_shirts(root)
   for train in (True, False):
     dataset = open_shirts(root, train, on_missing="skip")
@@ -67,3 +71,24 @@ def test_fingerprint_is_that_of_the_train_triplets(root, tmp_path):
   assert open_shirts(root).fingerprint == fingerprint
   (root / "resized_image/shirt/S000000001.jpg").unlink()
   assert open_shirts(root, on_missing="skip").fingerprint != fingerprint
+
+
+def test_every_protocol_of_a_data_set_is_described():
+  assert set(registry.DATASETS) == {"fashioniq", "shoes", "fashion200k", "demo"}
+  for name in ("fashioniq", "shoes", "fashion200k"):
+    dataset = open_shirts(MINI_DATA / name, train=False, dataset=name)
+    for split in dataset.evals:
+      assert list(split.galleries) == list(registry.DATASETS[name].protocols)
+  described = registry.protocols()
+  for spec in registry.DATASETS.values():
+    assert spec.protocols.items() <= described.items()  # One name, one meaning.
+
+
+def test_the_registry_starts_no_device():
+  """Printing results needs the protocols only."""
+  program = (
+    "import sys; from crn_jax.input_pipeline import registry; assert registry.protocols()\n"
+    "print(sorted({'jax', 'flax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)))"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"

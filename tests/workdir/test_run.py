@@ -3,7 +3,7 @@ import json
 import pytest
 
 from configs import default
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.workdir import run
 
 

@@ -1,4 +1,4 @@
-"""Holes of a data folder: what is wrong with it, in words and in counts.
+"""What is missing or damaged in a data folder, in words and in counts.
 
 Readers collect `Problem`s instead of stopping at the first; `error_message` is what people see
 before training starts, `describe_skipped` what they see below every result when they went on
@@ -58,7 +58,7 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
 
   Args:
     root: the data folder.
-    problems: at least one; each is told once. All fatal ones are listed, and the first ten of
+    problems: at least one; each is named once. All fatal ones are listed, and the first ten of
       each other sort.
     skipped: what going on without would cost, as in `describe_skipped`.
     looked_for: where image files were looked for.
@@ -66,7 +66,7 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
   by_sort = collections.defaultdict(list)
   for problem in dict.fromkeys(problems):
     by_sort[problem.sort].append(problem)
-  lines = [f"{root}: this data folder has holes.", ""]
+  lines = [f"{root}: data are missing or damaged.", ""]
   fatal = by_sort[FATAL]
   if fatal:
     lines.append("These must be mended, they cannot be skipped:")
@@ -85,8 +85,8 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
   lines.append("")
   if fatal:
     lines.append("Fetch those files again; docs/data.md says from where and what is expected.")
-    if len(by_sort) > 1:
-      lines.append("The other holes can then be left out with --config.data.on_missing=skip.")
+    if any(by_sort[sort] for sort in SKIPPABLE):
+      lines.append("The rest can then be left out with --config.data.on_missing=skip.")
   else:
     lines.append("Fetch these files again (docs/data.md says what is expected), or go on without")
     lines.append("what they affect by --config.data.on_missing=skip:")
@@ -98,7 +98,7 @@ def describe_skipped(skipped: dict) -> str:
   """What was left out, in one or two lines for people; "" if nothing was.
 
   Args:
-    skipped: as in `Dataset`.
+    skipped: as in `dataset.Dataset`.
   """
   lines = []
   if skipped.get("train", {}).get("triplets"):

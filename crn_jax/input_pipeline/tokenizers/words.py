@@ -125,7 +125,7 @@ class Vocabulary:
     return row, np.arange(self.max_words) < len(ids)
 
   def encode_all(self, queries: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and masks of many queries; one warning tells how many were cut.
+    """Ids and masks of many queries; one warning says how many were cut.
 
     Args:
       queries: the captions of each of n queries.

@@ -1,4 +1,4 @@
-"""Data folders with holes: all are told in one message, or left out and counted."""
+"""Missing and damaged data: all of it is named in one message, or left out and counted."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.checks import folder, missing
 from crn_jax.input_pipeline.readers import fashioniq
 
@@ -30,7 +31,7 @@ def edit(root, file, change):
 
 
 def message_of(root, category="shirt", **choices):
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(UserError) as caught:
     fashioniq.read(root, category, **choices)
   return str(caught.value)
 
@@ -43,7 +44,7 @@ def cut(path):
   path.write_bytes(path.read_bytes()[:-50])
 
 
-# One test per sort of hole.
+# One test per sort of problem.
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -54,7 +55,7 @@ def cut(path):
     ("image_splits/split.shirt.{}.json", os.remove, "no such file"),
     ("captions/cap.shirt.{}.json", lambda p: p.write_text('[{"target"'), "not valid JSON"),
     ("captions/cap.shirt.{}.json", lambda p: p.write_text(""), "not valid JSON"),
-    ("image_splits/split.shirt.{}.json", lambda p: p.write_bytes(b'["\xff"]'), "not valid JSON"),
+    ("image_splits/split.shirt.{}.json", lambda p: p.write_bytes(b'["\xff"]'), "not UTF-8"),
     (
       "captions/cap.shirt.{}.json",
       lambda p: p.write_text("{}"),
@@ -113,7 +114,7 @@ def test_annotation_files_that_cannot_be_used_end_the_reading(
   ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_malformed_entries_are_told_with_their_item(root, split, spoil, expected):
+def test_malformed_entries_are_named_with_their_item(root, split, spoil, expected):
   file = f"captions/cap.shirt.{split}.json"
   edit(root, file, spoil)
   assert f"1 entry is malformed:\n  {file}, item 1: {expected}\n" in message_of(root)
@@ -123,7 +124,7 @@ def test_malformed_entries_are_told_with_their_item(root, split, spoil, expected
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_ids_outside_the_split_list_are_told_with_their_item(root, split):
+def test_ids_outside_the_split_list_are_named_with_their_item(root, split):
   file = f"captions/cap.shirt.{split}.json"
   edit(root, file, lambda entries: entries[1].update(candidate="X"))
   assert (
@@ -143,14 +144,14 @@ def test_ids_outside_the_split_list_are_told_with_their_item(root, split):
     (lambda p: p.write_text("<html>404</html>"), "not an image"),
   ],
 )
-def test_image_files_that_cannot_be_read_are_told_with_the_reason(root, spoil, reason):
+def test_image_files_that_cannot_be_read_are_named_with_the_reason(root, spoil, reason):
   file = f"{IMAGES}/S000000001.jpg"
   spoil(root / file)
   expected = f"1 image file cannot be read (1 {reason}):\n  {file}: {reason}\n"
   assert expected in message_of(root)
 
 
-def test_missing_images_are_told_by_category_and_id(root):
+def test_missing_images_are_named_by_category_and_id(root):
   (root / IMAGES / "S000000001.jpg").unlink()
   (root / IMAGES / "S000000002.jpg").unlink()
   (root / IMAGES / "S000000002.jpg").symlink_to(root / "nowhere.jpg")
@@ -173,7 +174,7 @@ def test_a_category_that_becomes_empty_ends_the_reading(root, on_missing):
 
 
 @pytest.mark.parametrize("on_missing", folder.ON_MISSING)
-def test_a_missing_image_folder_tells_which_were_tried(root, on_missing):
+def test_a_missing_image_folder_names_those_tried(root, on_missing):
   shutil.rmtree(root / IMAGES)
   message = message_of(root, on_missing=on_missing)
   tried = "resized_image/shirt/, images/shirt/, images/"
@@ -184,7 +185,7 @@ def test_a_missing_image_folder_tells_which_were_tried(root, on_missing):
 # The message.
 
 
-def test_one_message_tells_everything_and_how_to_go_on(root):
+def test_one_message_names_everything_and_how_to_go_on(root):
   edit(root, "captions/cap.dress.train.json", lambda entries: entries[0].pop("captions"))
   edit(root, "captions/cap.shirt.val.json", lambda entries: entries[1].update(target="X"))
   cut(root / "resized_image/toptee/T000000001.jpg")
@@ -198,7 +199,7 @@ def test_one_message_tells_everything_and_how_to_go_on(root):
   assert (
     message_of(root, "all")
     == f"""\
-{root}: this data folder has holes.
+{root}: data are missing or damaged.
 
 1 entry is malformed:
   captions/cap.dress.train.json, item 0: no key captions; found candidate, target
@@ -244,7 +245,7 @@ def test_all_unusable_files_are_named_together_with_the_rest(root):
   assert message.endswith("can then be left out with --config.data.on_missing=skip.")
 
 
-def test_a_file_that_categories_and_splits_share_is_told_once(root):
+def test_a_file_that_categories_and_splits_share_is_named_once(root):
   flat = root / "images"
   flat.mkdir()
   for path in (root / "resized_image").rglob("*.jpg"):
@@ -368,7 +369,7 @@ def test_counts_are_those_of_triplets_not_of_entries(root, caption_use, n_texts)
   assert data.skipped["train"]["of_triplets"] == 3 * n_texts
 
 
-def test_counts_are_told_with_separators_and_without_what_is_whole():
+def test_counts_are_named_with_separators_and_without_what_is_whole():
   none = {"queries": 0, "of_queries": 2038, "val_split": 0, "of_val_split": 3089}
   none |= {"original_split": 0, "of_original_split": 6346}
   counts = {"train": {"triplets": 1005, "of_triplets": 5985}, "val": {"shirt": none}}
