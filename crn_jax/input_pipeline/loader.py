@@ -113,17 +113,18 @@ def train_batches(
       reference, target: [b, S, S, 3] uint8.
       tokens: [b, L] int32.
       token_mask: [b, L] bool.
-    An image that cannot be decoded raises its ValueError or FileNotFoundError from `next`.
+    An image that cannot be decoded raises its UserError or FileNotFoundError from `next`.
 
   Raises:
-    ValueError: sizes that do not fit, an unknown augmentation, or fewer triplets than a batch.
+    UserError: sizes that do not fit, an unknown augmentation, or fewer triplets than a batch.
+    ValueError: steps or processes that do not exist.
   """
   n = len(split.triplets)
   local = _local_slice(batch_size, process_index, process_count)
   per_epoch = steps_per_epoch(n, batch_size)
   images.check_sizes(resize, image_size)
   if augmentation not in AUGMENTATIONS:
-    raise ValueError(f"augmentation: expected one of {AUGMENTATIONS}, got {augmentation!r}")
+    raise UserError(f"augmentation: expected one of {AUGMENTATIONS}, got {augmentation!r}")
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
@@ -215,11 +216,12 @@ def eval_image_batches(
 
   Returns:
     Iterator over ceil(n / batch_size) arrays [batch_size / process_count, S, S, 3] uint8; the last
-    global batch is filled up with zeros. An image that cannot be decoded raises its ValueError or
+    global batch is filled up with zeros. An image that cannot be decoded raises its UserError or
     FileNotFoundError from `next`.
 
   Raises:
-    ValueError: sizes that do not fit.
+    UserError: sizes that do not fit.
+    ValueError: a process that does not exist.
   """
   local = _local_slice(batch_size, process_index, process_count)
   images.check_sizes(resize, image_size)
@@ -285,7 +287,7 @@ def _local_slice(batch_size: int, process_index: int, process_count: int) -> sli
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: expected 0 .. {process_count - 1}, got {process_index}")
   if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
+    raise UserError(
       f"batch_size: {batch_size} cannot be divided evenly among {process_count} processes"
     )
   b = batch_size // process_count

@@ -14,6 +14,8 @@ from crn_jax import evaluate
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import prepare, registry
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
+from crn_jax.input_pipeline.remarks import remarks
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.reports import cases, report, tables
 from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoded
@@ -126,9 +128,11 @@ def test_prepare_reports_what_there_is(tmp_path):
   assert "fashion200k: 6 of 6 texts are longer than data.max_words = 5 and are cut" in report
   assert "labels of train: 1 repeated image paths, each counts once" in report
   assert "skipped in train: 1 of 15 triplets" in report
+  # Too few for a batch: the report warns, and says the rest as before.
   c.batch_size = 15
-  with pytest.raises(UserError, match="batch_size: expected 1 .. 14"):
-    prepare.prepare(c)
+  first, *rest = prepare.prepare(c).splitlines()
+  assert first.startswith("fashion200k: training cannot start: batch_size: expected 1 .. 14")
+  assert rest == report.splitlines()[1:]
 
 
 def test_texts_without_words_are_counted(tmp_path):
@@ -138,6 +142,44 @@ def test_texts_without_words_are_counted(tmp_path):
   items[0]["RelativeCaption"] = "!?"
   path.write_text(json.dumps(items))
   assert "train: 2 of 10 texts have no word" in prepare.prepare(config("shoes", root))
+
+
+def test_captions_of_other_letters_are_remarked_without_preparing(tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / "shoes", tmp_path / "data"))
+  path = root / "relative_captions_shoes.json"
+  items = json.loads(path.read_text())
+  for item in items:
+    item["RelativeCaption"] = "更长的靴子"
+  path.write_text(json.dumps(items))
+  c = config("shoes", root)
+  dataset = registry.open_dataset(c.data, train=True)
+  vocabulary = Vocabulary.build(
+    dataset.train.captions, markers=c.data.markers, max_words=c.data.max_words
+  )
+  found = remarks(dataset, vocabulary, c.seed)
+  assert found[0].startswith("train: 10 of 10 texts have no word (")
+  assert found[1] == ("train: 10 of 10 texts have letters other than a to z, which are dropped")
+  assert found[2].startswith("shoes: 10 of 10 texts have no word (")
+  for line in found:
+    assert line in prepare.prepare(c)
+  without = registry.open_dataset(c.data, train=False)
+  assert remarks(without, vocabulary, c.seed) == found[2:]
+
+
+def test_conversions_of_images_are_reported(tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / "shoes", tmp_path / "data"))
+  assert "converted" not in prepare.prepare(config("shoes", root))
+  (split,) = registry.open_dataset(config("shoes", root).data, train=False).evals
+  paths = split.image_paths
+  for path in paths[:2]:
+    Image.new("RGBA", (40, 40)).save(path, "PNG")
+  Image.fromarray(np.zeros((40, 40), np.uint16)).save(paths[2], "PNG")
+  Image.new("CMYK", (40, 40)).save(paths[3])
+  Image.new("L", (40, 40)).save(paths[4])  # Grey stays as it is.
+  assert (
+    "\nimage files converted to 8-bit RGB, transparent parts to white: 2 of mode RGBA with "
+    "transparency, 1 of mode CMYK, 1 of mode I;16 (16 bits)\n"
+  ) in prepare.prepare(config("shoes", root))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

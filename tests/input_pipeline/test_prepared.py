@@ -130,3 +130,15 @@ def test_interrupted_building_leaves_nothing_that_looks_whole(dress, tmp_path, m
     open_with(config)
   spec = registry.DATASETS[config.data.dataset]
   assert prepared.prepare(spec, config.data, open_with(config, prepared="").train.image_paths)
+
+
+def test_folders_may_begin_with_a_tilde(dress, tmp_path, monkeypatch):
+  config = dress[0].copy_and_resolve_references()
+  shutil.copytree(config.data.root, tmp_path / "data")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  config.data.root, config.data.prepared = "~/data", "~/prepared"
+  prepare.prepare(config)
+  store = open_with(config).train.store
+  assert store.folder.is_relative_to(tmp_path / "prepared")
+  assert not (tmp_path / "~").exists()

@@ -12,6 +12,7 @@ from configs import default
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import verify
+from crn_jax.input_pipeline.demo import generate
 
 MINI_DATA = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
 MINI = MINI_DATA / "fashioniq"
@@ -50,7 +51,7 @@ def test_known_images_are_not_verified_again(root, monkeypatch):
   def fail(path):
     raise AssertionError(f"{path} was decoded again")
 
-  monkeypatch.setattr(verify, "damage", fail)
+  monkeypatch.setattr(verify, "inspect", fail)
   assert open_shirts(root, known_digest=digest).image_digest == digest
 
 
@@ -71,6 +72,19 @@ def test_fingerprint_is_that_of_the_train_triplets(root, tmp_path):
   assert open_shirts(root).fingerprint == fingerprint
   (root / "resized_image/shirt/S000000001.jpg").unlink()
   assert open_shirts(root, on_missing="skip").fingerprint != fingerprint
+
+
+def test_the_demo_is_drawn_in_the_home_folder_and_has_ceilings(tmp_path, monkeypatch):
+  whole = generate.generate
+  few = {"n_train_images": 20, "n_train_triplets": 20, "n_val_images": 20, "n_val_queries": 20}
+  monkeypatch.setattr(generate, "generate", lambda root: whole(root, image_size=16, **few))
+  monkeypatch.setenv("HOME", str(tmp_path))
+  dataset = open_shirts("~/demo", dataset="demo", category="all")
+  assert dataset.name == "demo/all" and len(dataset.evals) == 3
+  facts = json.loads((tmp_path / "demo" / "demo.json").read_text())["ceilings"]
+  for kind, value in dataset.ceilings.items():
+    assert value == pytest.approx(sum(facts[c][kind] for c in facts) / 3, rel=1e-12)
+  assert set(dataset.ceilings) == {"image_only", "text_only"}
 
 
 def test_every_protocol_of_a_data_set_is_described():

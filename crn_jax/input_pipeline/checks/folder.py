@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from crn_jax.errors import UserError
+from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.checks import missing, verify
 
 ON_MISSING = ("error", "skip")
@@ -59,16 +60,21 @@ def image_problems(
     if key not in paths:
       problems.append(missing.Problem(missing.IMAGES_MISSING, key))
     elif paths[key] in unreadable:
-      where = os.path.relpath(paths[key], root)
-      problems.append(missing.Problem(missing.IMAGES_UNREADABLE, where, unreadable[paths[key]]))
+      problems.append(unreadable_problem(root, paths[key], unreadable[paths[key]]))
   return problems
 
 
-def find_unreadable(
+def unreadable_problem(root: pathlib.Path, path: str, reason: str) -> missing.Problem:
+  """The problem of an image file that cannot be read, given its reason, see `verify.Verified`."""
+  where = os.path.relpath(path, root)
+  return missing.Problem(missing.IMAGES_UNREADABLE, where, reason, images.mend(reason))
+
+
+def verify_images(
   root: pathlib.Path, paths: Iterable[str], known_digest: str | None
-) -> tuple[dict[str, str], str]:
-  """`verify.find_unreadable`, for paths that may come several times."""
-  return verify.find_unreadable(tuple(dict.fromkeys(paths)), root, known_digest)
+) -> verify.Verified:
+  """`verify.verify`, for paths that may come several times."""
+  return verify.verify(tuple(dict.fromkeys(paths)), root, known_digest)
 
 
 def count_skipped(train: Part | None, name: str, val: Part) -> dict:

@@ -74,19 +74,19 @@ def read(
       remarks.append(f"labels of {split}: {n_repeated:,} repeated image paths, each counts once")
     found = {key: files.find_image(os.path.join(root, key)) for key in labels[split]}
     paths[split] = {key: path for key, path in found.items() if path is not None}
-  unreadable, digest = folder.find_unreadable(
+  verified = folder.verify_images(
     root, [path for found in paths.values() for path in found.values()], known_digest
   )
   readable = {}
   for split, found in paths.items():
-    problems[split] += folder.image_problems(root, labels[split], found, unreadable)
-    readable[split] = {k: path for k, path in found.items() if path not in unreadable}
+    problems[split] += folder.image_problems(root, labels[split], found, verified.unreadable)
+    readable[split] = {k: path for k, path in found.items() if path not in verified.unreadable}
   n_queries, queries, query_problems = _read_queries(root, labels["test"])
   problems["test"] += query_problems
   queries = [pair for pair in queries if all(path in readable["test"] for path in pair)]
   if not queries and not any(p.sort == missing.FATAL for p in problems["test"]):
     what = f"nothing is left of its {n_queries} queries"
-    problems["test"].append(missing.Problem(missing.FATAL, _QUERIES, what))
+    problems["test"].append(missing.Problem(missing.FATAL, _QUERIES, what, mend=""))
   triplets, train_part = None, None
   if train:
     triplets = CaptionPairs.create([labels["train"][key] for key in readable["train"]])
@@ -115,8 +115,8 @@ def read(
     train_split,
     (_to_eval_split(readable["test"], labels["test"], queries, store),),
     skipped=skipped,
-    image_digest=digest,
-    remarks=tuple(remarks),
+    image_digest=verified.digest,
+    remarks=(*remarks, *verified.remarks),
   )
 
 

@@ -103,8 +103,8 @@ def read(
     root, {c: [i for a in annotations if a.category == c for i in a.needed_ids] for c in categories}
   )
   used = [path for found in paths.values() for path in (found or {}).values()]
-  unreadable, digest = folder.find_unreadable(root, used, known_digest)
-  parts = [_to_part(root, a, paths[a.category], unreadable) for a in annotations]
+  verified = folder.verify_images(root, used, known_digest)
+  parts = [_to_part(root, a, paths[a.category], verified.unreadable) for a in annotations]
   problems = [p for part in parts for p in part.problems]
   skipped = _count_skipped(parts, caption_use) if problems else {}
   folder.check_problems(root, problems, skipped, on_missing, _LOOKED_FOR)
@@ -114,11 +114,14 @@ def read(
     train=_to_train_split(train_parts, caption_use, store) if train else None,
     evals=tuple(_to_eval_split(p, caption_use, store) for p in parts if p.split == "val"),
     skipped=skipped,
-    image_digest=digest,
-    remarks=tuple(
-      f"{split_file(a.category, a.split)}: {a.n_repeated:,} repeated ids, each counts once"
-      for a in annotations
-      if a.n_repeated
+    image_digest=verified.digest,
+    remarks=(
+      *(
+        f"{split_file(a.category, a.split)}: {a.n_repeated:,} repeated ids, each counts once"
+        for a in annotations
+        if a.n_repeated
+      ),
+      *verified.remarks,
     ),
   )
 
@@ -132,7 +135,7 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
   """The texts that one entry gives rise to: one for "joined", two otherwise.
 
   Raises:
-    ValueError: unknown caption_use.
+    UserError: unknown caption_use.
   """
   folder.check_choice("caption_use", caption_use, CAPTION_USES)
   first, second = captions
@@ -208,15 +211,14 @@ def _to_part(
     if path is None:
       problems.append(missing.Problem(missing.IMAGES_MISSING, f"{a.category} {image_id}"))
     elif path in unreadable:
-      where = os.path.relpath(path, root)
-      problems.append(missing.Problem(missing.IMAGES_UNREADABLE, where, unreadable[path]))
+      problems.append(folder.unreadable_problem(root, path, unreadable[path]))
     else:
       readable[image_id] = path
   entries = tuple(e for e in a.entries if e.reference in readable and e.target in readable)
   if not entries and not any(p.sort == missing.FATAL for p in problems):
     where = captions_file(a.category, a.split)
     what = f"nothing is left of its {a.n_items} entries"
-    problems.append(missing.Problem(missing.FATAL, where, what))
+    problems.append(missing.Problem(missing.FATAL, where, what, mend=""))
   return _Part(a, readable, entries, tuple(problems))
 
 

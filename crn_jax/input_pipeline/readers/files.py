@@ -39,6 +39,14 @@ def read_lines(root: pathlib.Path, name: str) -> tuple[list[str], list[Problem]]
   return ([] if problems else text.removesuffix("\n").split("\n")), problems
 
 
+def parse_json(text: str) -> object:
+  """The value of a JSON text; ValueError if it is none, or nested deeper than can be parsed."""
+  try:
+    return json.loads(text)
+  except RecursionError as error:
+    raise ValueError("nested too deeply") from error
+
+
 def read_json_list(root: pathlib.Path, name: str, what: str) -> tuple[list, list[Problem]]:
   """The list in a JSON file.
 
@@ -54,7 +62,7 @@ def read_json_list(root: pathlib.Path, name: str, what: str) -> tuple[list, list
   if problems:
     return [], problems
   try:
-    value = json.loads(text)
+    value = parse_json(text)
   except ValueError as error:
     return [], [Problem(FATAL, name, f"not valid JSON ({error})")]
   if not isinstance(value, list) or not value:

@@ -75,8 +75,8 @@ def to_dataset(
   folder.check_choice("data.on_missing", on_missing, folder.ON_MISSING)
   asked = ([train] if train else []) + [val]
   files = [paths[key] for split in asked for key in split.names if key in paths]
-  unreadable, digest = folder.find_unreadable(root, files, known_digest)
-  left = [_Left.create(root, split, paths, unreadable) for split in asked]
+  verified = folder.verify_images(root, files, known_digest)
+  left = [_Left.create(root, split, paths, verified.unreadable) for split in asked]
   part = left[-1]
   lost = sum(key not in part.paths for key in val.gallery)
   skipped = folder.count_skipped(
@@ -101,8 +101,8 @@ def to_dataset(
       ),
     ),
     skipped=skipped,
-    image_digest=digest,
-    remarks=tuple(remarks),
+    image_digest=verified.digest,
+    remarks=(*remarks, *verified.remarks),
   )
 
 
@@ -135,7 +135,7 @@ class _Left:
     triplets = [t for t in asked.triplets if t[0] in good and t[1] in good]
     if not triplets and not any(p.sort == missing.FATAL for p in problems):
       what = f"nothing is left of its {len(asked.triplets)} triplets"
-      problems.append(missing.Problem(missing.FATAL, asked.file, what))
+      problems.append(missing.Problem(missing.FATAL, asked.file, what, mend=""))
     return cls(asked, triplets, good, problems)
 
   def count(self, what: str, **galleries: tuple[int, int]) -> folder.Part:

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.checks import folder, missing
@@ -222,8 +223,8 @@ images/):
   dress N8
   ... and 1 more
 
-Fetch these files again (docs/data.md says what is expected), or go on without
-what they affect by --config.data.on_missing=skip:
+Fetch these files again (docs/data.md says what is expected).
+Or go on without what they affect by --config.data.on_missing=skip:
   skipped in train: 3 of 13 triplets
   skipped in val: dress 1 of 6 queries, 1 of 6 val_split images, 11 of 20 original_split images; \
 shirt 1 of 2 queries"""
@@ -260,6 +261,37 @@ def test_a_file_that_categories_and_splits_share_is_named_once(root):
   assert (
     "1 image file cannot be read (1 truncated):\n  images/S000000001.jpg: truncated\n" in message
   )
+
+
+def test_nothing_is_said_of_a_rest_where_there_is_none(root):
+  (root / "captions/cap.shirt.val.json").unlink()
+  message = message_of(root)
+  assert message.endswith("docs/data.md says from where and what is expected.")
+  assert "skip" not in message.replace("cannot be skipped", "")
+  (root / IMAGES / "S000000001.jpg").unlink()
+  message = message_of(root)
+  assert message.endswith("The rest can then be left out with --config.data.on_missing=skip.")
+
+
+def test_where_nothing_would_be_left_the_advice_is_to_mend_the_rest(root):
+  (root / IMAGES / "B00SHIRT02.jpg").unlink()  # The target of both queries.
+  message = message_of(root)
+  assert message.endswith("\n\nFetch these files again (docs/data.md says what is expected).")
+
+
+def test_advice_fits_the_cause(root):
+  """A HEIC file is not mended by fetching it again, nor one that is too elongated."""
+  (root / IMAGES / "S000000001.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+  Image.new("L", (1, 200)).save(root / IMAGES / "S000000004.jpg")
+  message = message_of(root)
+  assert "2 image files cannot be read (1 HEIC, 1 too elongated):" in message
+  advice = message.rpartition("\n\n")[2].splitlines()
+  assert advice[:3] == [
+    "HEIC: run `pip install pillow-heif`, or convert these files to JPEG.",
+    "Too elongated: crop these images to sides of at most 1 : 100.",
+    "Or go on without what they affect by --config.data.on_missing=skip:",
+  ]
+  assert skip(root).skipped["train"]["images_unreadable"] == 2
 
 
 # Going on without.

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import default
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.readers import files
 
@@ -14,9 +15,9 @@ MINI = pathlib.Path(__file__).parents[2] / "goldens" / "mini_data"
 READ = ("fashioniq", "shoes", "fashion200k")
 
 
-def open_whole(name, root):
+def open_whole(name, root, **changes):
   data = default.get_config().data
-  data.update({"dataset": name, "root": str(root)})
+  data.update({"dataset": name, "root": str(root), **changes})
   return registry.open_dataset(data, train=True)
 
 
@@ -59,6 +60,78 @@ def test_images_may_have_another_ending_than_their_lists_say(copied, extension):
   dataset = open_whole(name, root)
   assert_equal(dataset, open_whole(name, MINI / name))
   assert {pathlib.Path(path).suffix for path in dataset.train.image_paths} == {extension}
+
+
+def loop(path):
+  """Puts a link that leads to itself in the place of a file or folder."""
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink()
+  path.symlink_to(path.name)
+
+
+def test_an_image_that_is_a_link_to_itself_is_missing(copied):
+  name, root = copied
+  data = open_whole(name, root)
+  path = pathlib.Path(data.evals[0].image_paths[0])
+  loop(path)
+  with pytest.raises(UserError, match=f"(?s)1 image has no file.*{path.stem}"):
+    open_whole(name, root)
+  skipped = open_whole(name, root, on_missing="skip").skipped
+  assert next(iter(skipped["val"].values()))["images_missing"] == 1
+
+
+ANNOTATIONS = {
+  "fashioniq": "captions/cap.shirt.val.json",
+  "shoes": "relative_captions_shoes.json",
+  "fashion200k": "test_queries.txt",
+}
+
+
+def test_an_annotation_file_that_is_a_link_to_itself_is_named(copied):
+  name, root = copied
+  loop(root / ANNOTATIONS[name])
+  with pytest.raises(UserError, match=f"{ANNOTATIONS[name]}: cannot be opened"):
+    open_whole(name, root)
+
+
+@pytest.mark.parametrize(
+  ("name", "folder"),
+  [
+    ("fashioniq", "resized_image"),
+    ("fashioniq", "resized_image/shirt"),
+    ("shoes", "womens_sneakers"),
+    ("shoes", "womens_sneakers/3"),
+    ("fashion200k", "women"),
+    ("fashion200k", "labels"),
+  ],
+)
+def test_a_folder_that_is_a_link_to_itself_is_missing(name, folder, tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / name, tmp_path / "data"))
+  loop(root / folder)
+  with pytest.raises(
+    UserError, match="has no file|have no file|none of the folders|cannot be list"
+  ):
+    open_whole(name, root)
+
+
+@pytest.mark.parametrize("name", ["fashioniq", "shoes"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "[" * 10**5 + "]" * 10**5, '{"a":' * 100_000])
+def test_json_that_is_nested_too_deeply_is_named(name, content, tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / name, tmp_path / "data"))
+  (root / ANNOTATIONS[name]).write_text(content)
+  for on_missing in ("error", "skip"):
+    with pytest.raises(UserError, match=f"{ANNOTATIONS[name]}: not valid JSON .nested too deeply"):
+      open_whole(name, root, on_missing=on_missing)
+
+
+def test_the_home_folder_may_be_a_tilde(copied, monkeypatch):
+  name, root = copied
+  monkeypatch.setenv("HOME", str(root.parent))
+  assert_equal(open_whole(name, "~/data"), open_whole(name, root))
+  with pytest.raises(UserError, match="~nobody-here/data: no such folder"):
+    open_whole(name, "~nobody-here/data")
 
 
 def test_of_several_endings_one_is_taken_whatever_their_order_on_disk(tmp_path):
