@@ -67,6 +67,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
     with Image.open(path) as image:
       check_supported(image)
       image.load()
+      check_supported(image)  # Some formats hold an image of another size than they announce.
       return np.asarray(to_rgb(image))
   except (FileNotFoundError, MemoryError):
     raise
@@ -77,7 +78,7 @@ def decode(path: str | os.PathLike) -> np.ndarray:
 
 
 def check_supported(image: Image.Image) -> None:
-  """Looks at an image's header, before anything is decoded.
+  """Looks at the size and the colour mode of an image, which its header says.
 
   Raises:
     Refused: it has too many pixels, too unequal sides or values of unknown range.

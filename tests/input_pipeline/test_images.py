@@ -242,6 +242,18 @@ def test_images_that_would_take_too_much_memory_are_refused_by_name(
   assert verify.inspect(path)[0].startswith(reason.partition(":")[0])
 
 
+def test_the_size_that_counts_is_the_decoded_one(tmp_path, monkeypatch):
+  """Icons announce a size and hold a PNG of any other."""
+  path = tmp_path / "image.jpg"
+  Image.new("RGB", (16, 16)).save(path)
+  monkeypatch.setattr(
+    ImageFile.ImageFile, "load", lambda image: setattr(image, "_size", (1, 20_000))
+  )
+  with pytest.raises(UserError, match="too elongated: 1 x 20,000 pixels"):
+    images.decode(path)
+  assert verify.inspect(path)[0] == "too elongated: 1 x 20,000 pixels"
+
+
 def test_the_limits_themselves_are_allowed(tmp_path):
   Image.new("RGB", (100, 1)).save(tmp_path / "image.png")
   image = images.resize_short_side(images.decode(tmp_path / "image.png"), 64)

@@ -88,6 +88,7 @@ def inspect(path: str | os.PathLike) -> tuple[str | None, str]:
       mode = images.describe_mode(image)
       image.draft("L", (1, 1))  # Does nothing where the format has no reduced size.
       image.load()
+      images.check_supported(image)
       images.to_rgb(image)
   except MemoryError:
     raise
@@ -97,7 +98,8 @@ def inspect(path: str | os.PathLike) -> tuple[str | None, str]:
 
 
 def _digest(paths: Sequence[str], root: str | os.PathLike) -> str:
-  digest = hashlib.sha256()
+  # Files that other limits let through are looked at again.
+  digest = hashlib.sha256(f"{images.MAX_PIXELS} {images.MAX_ASPECT}\n".encode())
   for path in sorted(paths):
     stat = os.stat(path)
     line = f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"

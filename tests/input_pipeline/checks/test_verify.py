@@ -113,6 +113,15 @@ def test_unchanged_files_are_not_decoded_again(paths, monkeypatch):
   assert len(seen) == 14 and fewer != changed
 
 
+def test_files_that_passed_other_limits_are_decoded_again(paths, monkeypatch):
+  root = os.path.dirname(paths[0])
+  digest = verify.verify(paths, root).digest
+  seen = count_decoded(monkeypatch)
+  monkeypatch.setattr(images, "MAX_ASPECT", 50)
+  verify.verify(paths, root, digest)
+  assert len(seen) == 5
+
+
 def test_the_digest_does_not_depend_on_where_the_folder_lies(paths, tmp_path):
   root = tmp_path / "data"
   digest = verify.verify(paths, root).digest
