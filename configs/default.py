@@ -40,7 +40,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.update_mode = "alternating"
 
   config.data = data = ml_collections.ConfigDict()
-  data.dataset = "fashioniq"  # 'fashioniq', 'shoes', 'fashion200k' or 'demo'.
+  data.dataset = "fashioniq"  # A name of crn_jax/input_pipeline/registry.py, see docs/data.md.
   data.root = "data/fashioniq"  # Folder of the data set; docs/data.md shows its layout.
   data.category = "all"  # 'dress', 'shirt', 'toptee' or 'all' (joint training); FashionIQ.
   # Missing or damaged images and bad entries: 'error' lists them before training starts; 'skip'

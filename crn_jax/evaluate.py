@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
-from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset, EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.reports.cases import TOP, Cases
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary

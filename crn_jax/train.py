@@ -14,7 +14,9 @@ from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.checks import missing
-from crn_jax.input_pipeline.registry import Dataset, open_dataset
+from crn_jax.input_pipeline.dataset import Dataset
+from crn_jax.input_pipeline.registry import open_dataset
+from crn_jax.input_pipeline.remarks import remarks
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
@@ -140,6 +142,7 @@ class Training:
       f"work directory {self.workdir}",
       f"initial values: {self._origin()}",
     ]
+    lines += remarks(self.dataset, self.vocabulary, self.config.seed)
     if self.dataset.skipped:
       lines.append(missing.describe_skipped(self.dataset.skipped))
     return "\n".join(lines)

@@ -7,8 +7,7 @@ from PIL import Image
 
 from configs import default
 from crn_jax import evaluate
-from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
-from crn_jax.input_pipeline.registry import Dataset
+from crn_jax.input_pipeline.dataset import Dataset, EvalSplit, Triplets
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods.crn import CRN
 from crn_jax.reports.cases import Cases

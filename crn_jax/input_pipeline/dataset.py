@@ -1,12 +1,18 @@
 """The one interface between readers of data sets and everything behind them.
 
-A reader (`fashioniq.py`, `shoes.py`, `fashion200k.py`) turns files on disk into these plain values;
-the loader, training, evaluation and pictures know nothing else about a data set.
+A reader (a module of `readers/`) turns files on disk into these plain values; the loader, training,
+evaluation and pictures know nothing else about a data set. `DatasetSpec` is how a reader announces
+its data set to `registry.py`.
 """
 
 import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import ml_collections
 import numpy as np
 
 # Streams of random numbers of one epoch, behind the seed and the epoch's number.
@@ -43,6 +49,9 @@ class ImageStore(Protocol):
 
   def read(self, path: str) -> np.ndarray:
     """[h, w, 3] uint8, the pixels of decoding and resizing that file."""
+
+  def check(self, paths: Sequence[str]) -> None:
+    """Raises UserError unless all of these files are there, and have not changed since."""
 
 
 class TripletSource(Protocol):
@@ -114,3 +123,117 @@ class EvalSplit:
     gallery = self.galleries[protocol]
     position[gallery] = np.arange(len(gallery))
     return position[self.queries.reference]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+  """A data set as training and evaluation see it.
+
+  Attributes:
+    name: for results, e.g. "fashioniq/dress" or "shoes".
+    train: training data; None if only evaluation was asked for.
+    evals: one split a category; one in all for Shoes and Fashion200k.
+    ceilings: R@10 in percent that the best image-only and text-only ranking could reach, where the
+      data set knows it; else None.
+    skipped: counts of what `data.on_missing = 'skip'` left out, ready for JSON; empty if nothing.
+      {"train": {..., "triplets", "of_triplets"}, "val": {split: {..., "queries", "of_queries",
+      and of each gallery "NAME", "of_NAME"}}}: how many triplets, queries and gallery images were
+      left out of how many. For "..." stand the causes:
+      "entries_malformed", "entries_outside_split", "images_unreadable", "images_missing". "train"
+      is absent if only evaluation was asked for. `missing.describe_skipped` says it in words.
+    image_digest: of the image files' names, sizes and times of change, for `known_digest` of
+      `DatasetSpec.read`; "" if some are unreadable.
+    remarks: what is odd but harmless in the folder, in sentences.
+    fingerprint: of `train`, see `fingerprint`; "" if only evaluation was asked for.
+      `registry.open_dataset` sets it, readers need not.
+  """
+
+  name: str
+  train: TrainSplit | None
+  evals: tuple[EvalSplit, ...]
+  ceilings: dict[str, float] | None = None
+  skipped: dict = dataclasses.field(default_factory=dict)
+  image_digest: str = ""
+  remarks: tuple[str, ...] = ()
+  fingerprint: str = ""
+
+
+class Reader(Protocol):
+  """Reads a data set and verifies its images."""
+
+  def __call__(
+    self,
+    data: ml_collections.ConfigDict,
+    *,
+    train: bool,
+    known_digest: str | None,
+    store: ImageStore | None,
+  ) -> Dataset:
+    """Reads what the configuration asks for.
+
+    Args:
+      data: the `data` part of the configuration; `root` and `on_missing` concern every reader.
+      train: whether the training data are needed; their files need not exist otherwise.
+      known_digest: `image_digest` of an earlier call; unchanged images are not verified again.
+      store: what the splits shall hold as their `store`.
+
+    Raises:
+      UserError: bad data or a bad choice; one message lists everything that is wrong.
+    """
+
+
+@dataclasses.dataclass(frozen=True)
+class TfdsSpec:
+  """A data set as TensorFlow Datasets: what `tfds_builders.py` makes a builder of.
+
+  Attributes:
+    class_name: of the builder; CrnFashionIQ is loaded as "crn_fashion_iq".
+    description: one sentence.
+    homepage: address.
+    manual_download_instructions: what the data folder holds.
+    parts: what can be prepared on its own, e.g. categories.
+    short_side: of the images in the published configurations, in pixels.
+    read: (root, part, on_missing) -> the data set, with its train split.
+  """
+
+  class_name: str
+  description: str
+  homepage: str
+  manual_download_instructions: str
+  parts: tuple[str, ...]
+  short_side: int
+  read: Callable[[str, str, str], Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSpec:
+  """All that the program knows of a data set by name; its reader's module ends with it.
+
+  Attributes:
+    name: value of `data.dataset`.
+    read: the reader.
+    protocols: name of a gallery -> what is ranked and what counts as a hit, to go on after
+      "NAME ranks ".
+    tfds: how its images are prepared (`data.prepared`); None if they cannot be.
+    part: the `data` part of the configuration -> which of `tfds.parts` it reads.
+  """
+
+  name: str
+  read: Reader
+  protocols: Mapping[str, str]
+  tfds: TfdsSpec | None = None
+  part: Callable[[ml_collections.ConfigDict], str] | None = None
+
+
+def fingerprint(split: TrainSplit) -> str:
+  """Digest of what decides the course of a training: triplets in their order, and captions.
+
+  Images are named by their ids, not by their paths: another copy of the data, in another layout,
+  has the same fingerprint. Pixels are not looked at. Where triplets are drawn anew each epoch, one
+  draw stands for all.
+  """
+  ids = [pathlib.PurePath(path).stem for path in split.image_paths]
+  triplets = split.triplets.draw(seed=0, epoch=0)
+  rows = zip(triplets.reference.tolist(), triplets.target.tolist(), triplets.texts, strict=True)
+  content = [[[ids[r], ids[t], texts] for r, t, texts in rows], split.captions]
+  return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -5,36 +5,148 @@ images (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip) to the last grey l
 uint8 until they are normalised, which belongs on the device (`models/preprocessing.py`).
 """
 
+import importlib.util
 import os
 import struct
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-# What Pillow raises on a file that is not an image or is damaged: a broken PNG shows as
-# SyntaxError, a cut header as struct.error.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+from crn_jax.errors import UserError
+
+try:  # Optional: Pillow itself reads no HEIC.
+  import pillow_heif
+
+  pillow_heif.register_heif_opener()
+except ImportError:
+  pass
+
+# Larger images are refused, so that decoding one takes at most 1.3 GB. It is Pillow's own limit
+# against decompression bombs, beyond which it warns.
+MAX_PIXELS = 89_478_485
+# More elongated images are refused: resized to a short side, one of 1 x 1,000,000 pixels has
+# gigabytes.
+MAX_ASPECT = 100
+
+# What is wrong with an intact image file -> how to mend it.
+MEND = {
+  "HEIC": "HEIC: run `pip install pillow-heif`, or convert these files to JPEG.",
+  "AVIF": "AVIF: update Pillow to 11.3 or later, or convert these files to JPEG.",
+  "too large": f"Too large: scale these images down to at most {MAX_PIXELS:,} pixels.",
+  "too elongated": f"Too elongated: crop these images to sides of at most 1 : {MAX_ASPECT}.",
+  "unknown range": "Unknown range: convert these images to 8 or 16 bits a channel.",
+}
+
+# Formats that need a decoder of their own: their brands in the file's head, and the decoder.
+_DECODERS = {
+  "HEIC": ((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), "pillow_heif"),
+  "AVIF": ((b"avif", b"avis"), "PIL._avif"),
+}
+
+
+class Refused(ValueError):
+  """An intact image that is not read. The text begins with a key of `MEND`."""
 
 
 def decode(path: str | os.PathLike) -> np.ndarray:
   """Reads an image file as RGB; its EXIF orientation is ignored, as in the release.
 
   Returns:
-    [h, w, 3] uint8.
+    [h, w, 3] uint8, with h * w <= MAX_PIXELS and sides of at most 1 : MAX_ASPECT.
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: the file is not an image, or a damaged one; the message names it.
+    UserError: the file is not an image, a damaged one, or one that is refused; the message names
+      it and says how to mend it.
   """
   try:
     with Image.open(path) as image:
-      return np.asarray(image.convert("RGB"))
-  except FileNotFoundError:
+      check_supported(image)
+      image.load()
+      check_supported(image)  # Some formats hold an image of another size than they announce.
+      return np.asarray(to_rgb(image))
+  except (FileNotFoundError, MemoryError):
     raise
-  except DECODE_ERRORS as error:
-    raise ValueError(
-      f"{path}: cannot be decoded as an image ({error}); fetch the file again or remove it"
-    ) from error
+  except Exception as error:  # What decoders raise is no closed list.
+    reason = describe_damage(path, error)
+    advice = mend(reason) or "Fetch the file again, or remove it."
+    raise UserError(f"{path}: cannot be decoded as an image ({reason}). {advice}") from error
+
+
+def check_supported(image: Image.Image) -> None:
+  """Looks at the size and the colour mode of an image, which its header says.
+
+  Raises:
+    Refused: it has too many pixels, too unequal sides or values of unknown range.
+  """
+  short, long = sorted(image.size)
+  size = f"{image.width:,} x {image.height:,} pixels"
+  if short * long > MAX_PIXELS:
+    raise Refused(f"too large: {size}")
+  if long > MAX_ASPECT * short:
+    raise Refused(f"too elongated: {size}")
+  # What a float or a 32-bit integer means as a grey level, only the writer of the file knows.
+  sixteen_bits = image.mode.startswith("I;16") or image.format in ("PNG", "PPM")
+  if image.mode == "F" or (image.mode.startswith("I") and not sixteen_bits):
+    raise Refused(f"unknown range: values of mode {image.mode}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+  """A decoded image as 8-bit RGB.
+
+  Of 16-bit grey levels the upper 8 bits are kept, as Pillow does with 16-bit colours; transparent
+  parts show white. All others are what Pillow's `convert` makes of them, as in the release.
+  """
+  if image.mode.startswith("I"):
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey).convert("RGB")
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=image.getchannel("A"))
+    return white
+  return image.convert("RGB")
+
+
+def describe_mode(image: Image.Image) -> str:
+  """Colour mode of an image as `to_rgb` distinguishes it, e.g. "RGB" or "P with transparency"."""
+  if image.mode.startswith("I"):
+    return f"{image.mode} (16 bits)"
+  return f"{image.mode} with transparency" if image.has_transparency_data else image.mode
+
+
+def describe_damage(path: str | os.PathLike, error: Exception) -> str:
+  """Why a file could not be decoded, in a few words.
+
+  They begin with a key of `MEND`, or with "empty", "truncated", "not an image" or "damaged".
+
+  Args:
+    path: of the file.
+    error: what decoding it raised.
+  """
+  if isinstance(error, Refused):
+    return str(error)
+  if isinstance(error, Image.DecompressionBombError):
+    return f"too large: {error}"
+  if isinstance(error, UnidentifiedImageError):
+    with open(path, "rb") as file:
+      head = file.read(12)
+    for name, (brands, decoder) in _DECODERS.items():
+      if head[4:8] == b"ftyp" and head[8:] in brands:
+        known = importlib.util.find_spec(decoder) is not None
+        return f"damaged: {name} that cannot be identified" if known else name
+    return "not an image" if head else "empty"
+  if isinstance(error, struct.error) or "truncated" in str(error).lower():
+    return "truncated"
+  # An error of the system repeats the path in its text; some errors have none.
+  return f"damaged: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+
+
+def mend(reason: str) -> str | None:
+  """How to mend a file, given `describe_damage`; None where only fetching it again helps."""
+  return MEND.get(reason.partition(":")[0])
 
 
 def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
@@ -128,10 +240,10 @@ def check_sizes(resize: int, image_size: int) -> None:
     image_size: side of the crop, in pixels.
 
   Raises:
-    ValueError: resize < image_size, or image_size < 1.
+    UserError: resize < image_size, or image_size < 1.
   """
   if not 1 <= image_size <= resize:
-    raise ValueError(
+    raise UserError(
       f"resize: expected at least image_size = {image_size} pixels (and both "
       f"positive), got {resize}"
     )

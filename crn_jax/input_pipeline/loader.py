@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, ImageStore, TrainSplit
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
@@ -28,10 +29,10 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
   """Number of whole batches in n items; the incomplete last one is dropped.
 
   Raises:
-    ValueError: batch_size is not in 1 .. n.
+    UserError: batch_size is not in 1 .. n.
   """
   if not 1 <= batch_size <= n:
-    raise ValueError(
+    raise UserError(
       f"batch_size: expected 1 .. {n}, the number of train triplets, got {batch_size}"
     )
   return n // batch_size
@@ -112,17 +113,18 @@ def train_batches(
       reference, target: [b, S, S, 3] uint8.
       tokens: [b, L] int32.
       token_mask: [b, L] bool.
-    An image that cannot be decoded raises its ValueError or FileNotFoundError from `next`.
+    An image that cannot be decoded raises its UserError or FileNotFoundError from `next`.
 
   Raises:
-    ValueError: sizes that do not fit, an unknown augmentation, or fewer triplets than a batch.
+    UserError: sizes that do not fit, an unknown augmentation, or fewer triplets than a batch.
+    ValueError: steps or processes that do not exist.
   """
   n = len(split.triplets)
   local = _local_slice(batch_size, process_index, process_count)
   per_epoch = steps_per_epoch(n, batch_size)
   images.check_sizes(resize, image_size)
   if augmentation not in AUGMENTATIONS:
-    raise ValueError(f"augmentation: expected one of {AUGMENTATIONS}, got {augmentation!r}")
+    raise UserError(f"augmentation: expected one of {AUGMENTATIONS}, got {augmentation!r}")
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
@@ -214,11 +216,12 @@ def eval_image_batches(
 
   Returns:
     Iterator over ceil(n / batch_size) arrays [batch_size / process_count, S, S, 3] uint8; the last
-    global batch is filled up with zeros. An image that cannot be decoded raises its ValueError or
+    global batch is filled up with zeros. An image that cannot be decoded raises its UserError or
     FileNotFoundError from `next`.
 
   Raises:
-    ValueError: sizes that do not fit.
+    UserError: sizes that do not fit.
+    ValueError: a process that does not exist.
   """
   local = _local_slice(batch_size, process_index, process_count)
   images.check_sizes(resize, image_size)
@@ -284,7 +287,7 @@ def _local_slice(batch_size: int, process_index: int, process_count: int) -> sli
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: expected 0 .. {process_count - 1}, got {process_index}")
   if batch_size < 1 or batch_size % process_count:
-    raise ValueError(
+    raise UserError(
       f"batch_size: {batch_size} cannot be divided evenly among {process_count} processes"
     )
   b = batch_size // process_count

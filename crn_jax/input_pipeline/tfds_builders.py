@@ -15,6 +15,7 @@ pixels stay those of the plain folder, and nothing is left to decode.
 """
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
@@ -22,9 +23,8 @@ from multiprocessing.pool import ThreadPool
 import numpy as np
 import tensorflow_datasets as tfds
 
-from crn_jax.input_pipeline import images
-from crn_jax.input_pipeline.dataset import Triplets
-from crn_jax.input_pipeline.readers import fashion200k, fashioniq, shoes
+from crn_jax.input_pipeline import images, registry
+from crn_jax.input_pipeline.dataset import TfdsSpec, Triplets
 
 _CHUNK = 64  # Images decoded ahead of the writer.
 
@@ -54,7 +54,7 @@ def configs(parts: Sequence[str], resize: int) -> list[Config]:
 
 
 class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-  """A reader of `input_pipeline` as a builder of TensorFlow Datasets.
+  """A data set of the registry as a builder of TensorFlow Datasets.
 
   Args:
     on_missing: as `data.on_missing`.
@@ -62,16 +62,11 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """
 
   VERSION = tfds.core.Version("1.0.0")
-  DESCRIPTION: str
-  HOMEPAGE: str
+  SPEC: TfdsSpec
 
   def __init__(self, *, on_missing: str = "error", **kwargs):
     self.on_missing = on_missing
     super().__init__(**kwargs)
-
-  def read(self, root: os.PathLike):
-    """The reader's result: `train` and `evals`."""
-    raise NotImplementedError
 
   def _info(self) -> tfds.core.DatasetInfo:
     if self.builder_config.resize is None:
@@ -87,8 +82,8 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       }
     return tfds.core.DatasetInfo(
       builder=self,
-      description=self.DESCRIPTION,
-      homepage=self.HOMEPAGE,
+      description=self.SPEC.description,
+      homepage=self.SPEC.homepage,
       features=tfds.features.FeaturesDict(features),
       # Rows of the images are positions; keys are their numbers.
       disable_shuffling=True,
@@ -97,7 +92,7 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
     root = dl_manager.manual_dir
-    data = self.read(root)
+    data = self.SPEC.read(root, self.builder_config.part, self.on_missing)
     splits = {"train": (data.train.image_paths, data.train.triplets.draw(0, 0))}
     splits |= {s.name: (s.image_paths, s.queries) for s in data.evals}
     if self.builder_config.resize is None:
@@ -131,41 +126,24 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
           yield start + i, {"image_id": ids[start + i], "image": image}
 
 
-class CrnFashionIQ(_Builder):
-  """FashionIQ, see `fashioniq` for the folder's layout."""
-
-  DESCRIPTION = "FashionIQ (Wu et al., CVPR 2021): a reference image and two captions -> a target."
-  HOMEPAGE = "https://github.com/XiaoxiaoGuo/fashion-iq"
-  MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    "A folder with captions/, image_splits/ and resized_image/CATEGORY/."
-  )
-  BUILDER_CONFIGS = configs((*fashioniq.CATEGORIES, "all"), 256)
-
-  def read(self, root):
-    return fashioniq.read(root, self.builder_config.part, on_missing=self.on_missing)
-
-
-class CrnShoes(_Builder):
-  """Shoes with relative captions, see `shoes` for the folder's layout."""
-
-  DESCRIPTION = "Shoes (Guo et al., NeurIPS 2018): a reference image and a caption -> a target."
-  HOMEPAGE = "https://github.com/XiaoxiaoGuo/fashion-retrieval"
-  MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with relative_captions_shoes.json and womens_*/."
-  BUILDER_CONFIGS = configs(shoes.PAIRS, 256)
-
-  def read(self, root):
-    return shoes.read(root, self.builder_config.part, on_missing=self.on_missing)
+@functools.cache
+def builder_class(spec: TfdsSpec) -> type[_Builder]:
+  """The builder of a data set; making it registers it with `tfds.load`."""
+  attributes = {
+    "__doc__": spec.description,
+    "__module__": __name__,
+    "SPEC": spec,
+    "MANUAL_DOWNLOAD_INSTRUCTIONS": spec.manual_download_instructions,
+    "BUILDER_CONFIGS": configs(spec.parts, spec.short_side),
+  }
+  return type(spec.class_name, (_Builder,), attributes)
 
 
-class CrnFashion200k(_Builder):
-  """Fashion200k, see `fashion200k`; its train triplets are one draw, those of seed 0, epoch 0."""
-
-  DESCRIPTION = (
-    "Fashion200k (Han et al., ICCV 2017): a reference image, a changed word -> a target."
-  )
-  HOMEPAGE = "https://github.com/xthan/fashion-200k"
-  MANUAL_DOWNLOAD_INSTRUCTIONS = "A folder with labels/, test_queries.txt and women/."
-  BUILDER_CONFIGS = configs(("all",), 224)
-
-  def read(self, root):
-    return fashion200k.read(root, on_missing=self.on_missing)
+# By their names in this module, too, as tfds and pickle look for them: CrnFashionIQ, CrnShoes, ...
+globals().update(
+  {
+    spec.tfds.class_name: builder_class(spec.tfds)
+    for spec in registry.DATASETS.values()
+    if spec.tfds is not None
+  }
+)

@@ -3,16 +3,9 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import missing
 from crn_jax.reports.results import Recalls, Results
-
-# What a protocol ranks and what it counts as a hit.
-PROTOCOLS = {
-  "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
-  "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
-  "eval_list": "the images of eval_im_names.txt; a target that is not among them is a miss",
-  "test_images": "all test images; any image with the target's caption is a hit",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +116,8 @@ def result_tables(results: Results) -> list[Table]:
 
 def protocol_note(protocols: Iterable[str]) -> str:
   """What the protocols of a result mean."""
-  known = [f"{p} ranks {PROTOCOLS[p]}" for p in protocols if p in PROTOCOLS]
+  described = registry.protocols()
+  known = [f"{p} ranks {described[p]}" for p in protocols if p in described]
   warning = " Recalls of different protocols are not comparable." if len(known) > 1 else ""
   return "; ".join(known) + "." + warning if known else ""
 

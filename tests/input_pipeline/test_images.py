@@ -1,16 +1,23 @@
 """Images: decoding, resizing, cropping and normalising equal the release's transforms."""
 
+import io
 import json
+import os
 import pathlib
+import struct
+import subprocess
+import sys
 import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile, features
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
+from crn_jax.input_pipeline.checks import verify
 from crn_jax.models.preprocessing import IMAGENET
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -119,7 +126,7 @@ def test_crop_outside_the_image_is_refused(top, left):
 
 def test_crop_larger_than_the_resized_image_is_refused():
   images.check_sizes(resize=224, image_size=224)
-  with pytest.raises(ValueError, match="at least image_size = 256"):
+  with pytest.raises(UserError, match="at least image_size = 256"):
     images.check_sizes(resize=224, image_size=256)
 
 
@@ -141,12 +148,201 @@ def test_every_colour_mode_becomes_rgb(tmp_path, mode):
   assert abs(image.astype(int) - 204).max() <= 2
 
 
-def test_sixteen_bits_become_what_pillow_makes_of_them(tmp_path):
-  # Pillow clips: values above 255 are white.
+@pytest.mark.parametrize("extension", ["png", "tif", "ppm"])
+def test_sixteen_bit_grey_keeps_its_upper_bits(tmp_path, extension):
   values = np.array([[0, 7, 255], [256, 4000, 65535]], np.uint16)
-  Image.fromarray(values).save(tmp_path / "image.png")
-  expected = np.minimum(values, 255).astype(np.uint8)[..., None].repeat(3, axis=2)
-  np.testing.assert_array_equal(images.decode(tmp_path / "image.png"), expected)
+  Image.fromarray(values).save(tmp_path / f"image.{extension}")
+  expected = (values >> 8).astype(np.uint8)[..., None].repeat(3, axis=2)
+  np.testing.assert_array_equal(images.decode(tmp_path / f"image.{extension}"), expected)
+
+
+def test_sixteen_bit_grey_and_colour_become_the_same(tmp_path):
+  """Pillow keeps the upper bits of colours."""
+  values = np.arange(0, 65536, 257 * 5, np.uint16)[None]
+  Image.fromarray(values).save(tmp_path / "grey.png")
+  # Pillow writes no 16-bit colours: a PNG by hand.
+  row = b"\0" + values.astype(">u2").repeat(3, axis=1).tobytes()
+  header = struct.pack(">IIBBBBB", values.shape[1], 1, 16, 2, 0, 0, 0)
+  chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
+  (tmp_path / "colour.png").write_bytes(
+    b"\x89PNG\r\n\x1a\n"
+    + b"".join(
+      struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+      for name, data in chunks
+    )
+  )
+  grey, colour = (images.decode(tmp_path / f"{name}.png") for name in ("grey", "colour"))
+  np.testing.assert_array_equal(grey, colour)
+
+
+def with_alpha(mode: str) -> Image.Image:
+  """Red of alpha 255 (grey of 100 in grey modes), and black of alpha 0."""
+  image = Image.new("RGBA", (4, 1), (255, 0, 0, 255))
+  image.paste((0, 0, 0, 0), (2, 0, 4, 1))
+  if mode == "LA":
+    return Image.merge("LA", (Image.new("L", (4, 1), 100), image.getchannel("A")))
+  return image.quantize() if mode == "P" else image
+
+
+@pytest.mark.parametrize(
+  ("mode", "extension"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "webp")]
+)
+def test_transparent_parts_become_white(tmp_path, mode, extension):
+  path = tmp_path / f"image.{extension}"
+  with_alpha(mode).save(path, lossless=True)
+  decoded = images.decode(path)
+  opaque = (100, 100, 100) if mode == "LA" else (255, 0, 0)
+  assert decoded[0].tolist() == [list(opaque)] * 2 + [[255, 255, 255]] * 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_a_colour_that_stands_for_transparency_becomes_white(tmp_path, mode):
+  image = Image.fromarray(np.array([[300, 40_000]], np.uint16)) if mode == "I;16" else (
+    Image.new(mode, (2, 1))
+  )  # fmt: skip
+  if mode != "I;16":
+    image.putpixel((1, 0), 156 if mode == "L" else (156, 156, 156))
+  key = {"RGB": (0, 0, 0), "L": 0, "I;16": 300}[mode]
+  image.save(tmp_path / "image.png", transparency=key)
+  assert images.decode(tmp_path / "image.png")[0].tolist() == [[255] * 3, [156] * 3]
+
+
+def test_an_opaque_alpha_channel_changes_nothing(tmp_path):
+  pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 4), dtype=np.uint8)
+  pixels[..., 3] = 255
+  Image.fromarray(pixels).save(tmp_path / "image.png")
+  np.testing.assert_array_equal(images.decode(tmp_path / "image.png"), pixels[..., :3])
+
+
+def test_values_of_unknown_range_are_refused(tmp_path):
+  for dtype in (np.float32, np.int32):
+    Image.fromarray(np.zeros((2, 2), dtype)).save(tmp_path / "image.tif")
+    with pytest.raises(UserError, match=r"image\.tif: .*unknown range: .* convert these images"):
+      images.decode(tmp_path / "image.tif")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+  ("size", "reason"),
+  [
+    ((1, 1_000_000), "too elongated: 1 x 1,000,000 pixels"),
+    ((20_000, 1), "too elongated: 20,000 x 1 pixels"),
+    ((101, 1), "too elongated"),
+    ((9_460, 9_460), "too large: 9,460 x 9,460 pixels"),  # Pillow warns.
+    ((20_000, 20_000), "too large: Image size .400000000 pixels. exceeds limit"),  # It refuses.
+  ],
+)
+def test_images_that_would_take_too_much_memory_are_refused_by_name(
+  tmp_path, monkeypatch, size, reason
+):
+  path = tmp_path / "image.png"
+  Image.new("1", size).save(path)
+  monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("was decoded"))
+  with pytest.raises(UserError, match=rf"image\.png: .*{reason}"):
+    images.decode(path)
+  assert verify.inspect(path)[0].startswith(reason.partition(":")[0])
+
+
+def test_the_size_that_counts_is_the_decoded_one(tmp_path, monkeypatch):
+  """Icons announce a size and hold a PNG of any other."""
+  path = tmp_path / "image.jpg"
+  Image.new("RGB", (16, 16)).save(path)
+  monkeypatch.setattr(
+    ImageFile.ImageFile, "load", lambda image: setattr(image, "_size", (1, 20_000))
+  )
+  with pytest.raises(UserError, match="too elongated: 1 x 20,000 pixels"):
+    images.decode(path)
+  assert verify.inspect(path)[0] == "too elongated: 1 x 20,000 pixels"
+
+
+def test_the_limits_themselves_are_allowed(tmp_path):
+  Image.new("RGB", (100, 1)).save(tmp_path / "image.png")
+  image = images.resize_short_side(images.decode(tmp_path / "image.png"), 64)
+  assert image.shape == (64, 6400, 3)
+
+
+@pytest.mark.parametrize(
+  "error", [RuntimeError, IndexError, AssertionError, ZeroDivisionError, TypeError, struct.error]
+)
+def test_whatever_a_decoder_raises_names_the_file(tmp_path, monkeypatch, error):
+  path = tmp_path / "image.jpg"
+  Image.new("RGB", (4, 4)).save(path)
+
+  def fail(image):
+    raise error
+
+  monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+  with pytest.raises(UserError, match=r"image\.jpg: cannot be decoded") as caught:
+    images.decode(path)
+  reason, _ = verify.inspect(path)
+  assert reason and reason in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_no_fault_of_the_file_is_passed_on(tmp_path, monkeypatch, error):
+  path = tmp_path / "image.jpg"
+  Image.new("RGB", (4, 4)).save(path)
+
+  def fail(image):
+    raise error
+
+  monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+  for use in (images.decode, verify.inspect):
+    with pytest.raises(error):
+      use(path)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+def test_a_damaged_avif_is_named(tmp_path):
+  """Its decoder raises RuntimeError on some damage, SyntaxError on other."""
+  whole = io.BytesIO()
+  Image.linear_gradient("L").convert("RGB").save(whole, "AVIF")
+  content, path, raised = whole.getvalue(), tmp_path / "image.jpg", set()
+  path.write_bytes(content)
+  assert images.decode(path).shape == (256, 256, 3)
+  for start in range(0, len(content), 9):
+    for damaged in (
+      content[:start] + b"\xff" * 40 + content[start + 40 :],
+      content[:start],
+    ):
+      path.write_bytes(damaged)
+      try:
+        with Image.open(path) as image:
+          image.load()
+      except Exception as error:
+        raised.add(type(error))
+        with pytest.raises(UserError, match=r"image\.jpg: cannot be decoded .*Fetch the file"):
+          images.decode(path)
+        assert verify.inspect(path)[0]
+  assert {RuntimeError, SyntaxError} <= raised
+
+
+@pytest.mark.parametrize(
+  ("brand", "advice"),
+  [(b"heic", "pip install pillow-heif"), (b"avis", "update Pillow"), (b"mp42", "Fetch the file")],
+)
+def test_formats_without_a_decoder_have_advice_of_their_own(tmp_path, monkeypatch, brand, advice):
+  path = tmp_path / "image.jpg"
+  path.write_bytes(b"\0\0\0\x18ftyp" + brand)
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(UserError, match=advice):
+    images.decode(path)
+  # Where there is a decoder, the file must be damaged.
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+  with pytest.raises(UserError, match="Fetch the file again"):
+    images.decode(path)
+
+
+def test_heic_is_read_where_its_decoder_is_installed(tmp_path):
+  (tmp_path / "pillow_heif.py").write_text("def register_heif_opener(): print('registered')")
+  done = subprocess.run(
+    [sys.executable, "-c", "import crn_jax.input_pipeline.images"],
+    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert done.stdout == "registered\n"
 
 
 def test_exif_orientation_is_ignored_as_in_the_release(tmp_path):
@@ -164,7 +360,7 @@ def test_damaged_file_is_named(tmp_path, extension, keep):
   Image.fromarray(noise).save(path)
   content = path.read_bytes()
   path.write_bytes(content[: int(keep * len(content))])
-  with pytest.raises(ValueError, match="cannot be decoded as an image") as error:
+  with pytest.raises(UserError, match="cannot be decoded as an image") as error:
     images.decode(path)
   assert str(path) in str(error.value)
 

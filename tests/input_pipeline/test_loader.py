@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.dataset import TrainSplit, Triplets
 from crn_jax.input_pipeline.readers import fashioniq
@@ -198,27 +199,32 @@ def test_steps_per_epoch_drops_the_ragged_end():
 
 
 @pytest.mark.parametrize(
-  ("changes", "message"),
+  ("changes", "message", "error"),
   [
-    ({"batch_size": 12}, r"batch_size: expected 1 \.\. 11, .*got 12"),
-    ({"process_count": 3}, "4 cannot be divided evenly among 3 processes"),
-    ({"process_index": 2, "process_count": 2}, r"process_index: expected 0 \.\. 1, got 2"),
-    ({"resize": 11}, "resize: expected at least image_size = 12"),
-    ({"augmentation": "flip"}, "augmentation: expected one of"),
-    ({"start_step": 8}, r"start_step: expected 0 \.\. num_steps = 7, got 8"),
-    ({"batch_size": 0}, "batch_size"),
+    ({"batch_size": 12}, r"batch_size: expected 1 \.\. 11, .*got 12", UserError),
+    ({"process_count": 3}, "4 cannot be divided evenly among 3 processes", UserError),
+    (
+      {"process_index": 2, "process_count": 2},
+      r"process_index: .* 0 \.\. 1, got 2",
+      ValueError,
+    ),
+    ({"resize": 11}, "resize: expected at least image_size = 12", UserError),
+    ({"augmentation": "flip"}, "augmentation: expected one of", UserError),
+    ({"start_step": 8}, r"start_step: expected 0 \.\. num_steps = 7, got 8", ValueError),
+    ({"batch_size": 0}, "batch_size", UserError),
   ],
 )
-def test_settings_that_do_not_fit_are_refused_at_once(split, vocabulary, changes, message):
-  with pytest.raises(ValueError, match=message):
+def test_settings_that_do_not_fit_are_refused_at_once(split, vocabulary, changes, message, error):
+  with pytest.raises(ValueError, match=message) as caught:
     loader.train_batches(split, vocabulary, **(SETTINGS | changes))
+  assert caught.type is error
 
 
 def test_broken_image_is_named(split, vocabulary, tmp_path):
   broken = tmp_path / "broken.jpg"
   broken.write_bytes(b"no image")
   spoilt = dataclasses.replace(split, image_paths=(str(broken),) * len(split.image_paths))
-  with pytest.raises(ValueError, match="broken.jpg: cannot be decoded"):
+  with pytest.raises(UserError, match="broken.jpg: cannot be decoded"):
     read(spoilt, vocabulary)
   with pytest.raises(FileNotFoundError, match="absent.jpg"):
     list(

@@ -11,10 +11,14 @@ from PIL import Image
 
 from configs import default, fashion200k, shoes
 from crn_jax import evaluate
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import prepare, registry
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
+from crn_jax.input_pipeline.remarks import remarks
+from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods.crn import join
 from crn_jax.reports import cases, report, tables
+from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoded
 from tests import made_up
 
@@ -39,22 +43,23 @@ def test_results_and_pictures_name_the_protocol(name, tmp_path):
   data = registry.open_dataset(c.data, train=False)
   found = made_up.evaluation(c, data)
   protocol = c.eval.best_metric.partition("/")[0]
-  recalls = found.results["protocols"][protocol]
+  summary = found.results.summary
+  recalls = summary.protocols[protocol]
   gallery, n_queries = {"shoes": (7, 10), "fashion200k": (7, 6)}[name]
-  assert (found.results["dataset"], found.results["n_queries"]) == (name, n_queries)
-  assert list(found.results["protocols"]) == [protocol]
-  assert found.results["captions"] == "single"
-  assert recalls["gallery"] == gallery
+  assert (found.results.dataset, summary.n_queries) == (name, n_queries)
+  assert list(summary.protocols) == [protocol]
+  assert found.results.captions == "single"
+  assert recalls.counts["gallery"] == gallery
   # Seven images: all targets that are among them are among the first seven.
-  assert recalls["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
-  sentence = f"{protocol} ranks {evaluate.PROTOCOLS[protocol]}."
+  assert recalls.percent["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
+  sentence = f"{protocol} ranks {registry.protocols()[protocol]}."
   assert sentence in tables.results_as_text(found.results)
-  report.write(made_up.Encoder(c), None, made_up.vocabulary(c), tmp_path, data, found)
+  shown = made_up.cases(c, data, found)
+  report.write(c, tmp_path, found.results, found.ranks, shown, made_up.vocabulary(c))
   assert sentence in html.unescape((tmp_path / "report.html").read_text())
   (split,) = data.evals
   assert report.title(split, protocol, found.results).startswith(f"{name}: {protocol}, gallery 7")
-  ranks, encoded = found.ranks[name][protocol]["composed"], found.encoded[name]
-  rows = cases.grid_rows(range(n_queries), ranks, encoded, split, protocol, c)
+  rows = shown[0].grid_rows("all")
   # The excluded reference is not shown, though it is all that the top ten have room for.
   assert all(path != row.reference for row in rows for path, _ in row.top)
   with Image.open(tmp_path / "pictures" / f"retrieval_{name}.png") as picture:
@@ -88,7 +93,7 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
   images = np.concatenate([gallery, np.zeros((q, gallery.shape[1]), np.float32)])
   encoded = Encoded(images, queries, queries)
   ranks = {"fashion200k": evaluate.split_ranks(encoded, split, c)}
-  found = evaluate.summarize([split], ranks, c)["protocols"]["test_images"]
+  found = evaluate.summarize([split], ranks, c).protocols["test_images"].percent
   expected = 100 * golden["values"]  # The release reports fractions.
   np.testing.assert_allclose([found[f"R@{k}"] for k in (1, 10, 50)], expected, rtol=1e-12)
   composed = ranks["fashion200k"]["test_images"]["composed"]
@@ -97,12 +102,17 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
   inside = first < hits.shape[1]
   np.testing.assert_array_equal(composed[inside], first[inside])
   # The grid frames the same image.
-  rows = cases.grid_rows(np.arange(q), composed, encoded, split, "test_images", c)
+  exclude = evaluate.excluded_positions(split, "test_images", c)
+  positions, scores = ranking.top_k(queries, np.asarray(gallery), 10, exclude)
+  rows = cases.Cases(
+    split, "test_images", composed, {"all": np.arange(q)}, np.arange(0),
+    top={i: list(zip(positions[i], scores[i], strict=True)) for i in range(q)},
+  ).grid_rows("all")  # fmt: skip
   assert [r.target_position for r in rows] == [f if f < 10 else None for f in first.tolist()]
   assert [r.rank is None for r in rows] == (~np.isin(wanted, captions)).tolist()
 
 
-def test_prepare_tells_what_there_is(tmp_path):
+def test_prepare_reports_what_there_is(tmp_path):
   assert prepare.prepare(config("shoes")) == (
     "shoes: training can start.\n"
     "train: 10 triplets an epoch, 8 images, 25 words\n"
@@ -116,7 +126,7 @@ def test_prepare_tells_what_there_is(tmp_path):
   labels.write_text(labels.read_text() + first + "\n")
   (root / "women/dresses/gowns/106/106_0.jpeg").unlink()
   c = config("fashion200k", root)
-  with pytest.raises(ValueError, match=r"106_0\.jpeg(?s:.*)skipped in train: 1 of 15 triplets"):
+  with pytest.raises(UserError, match=r"106_0\.jpeg(?s:.*)skipped in train: 1 of 15 triplets"):
     prepare.prepare(c)
   c.data.on_missing = "skip"
   c.data.max_words = 5
@@ -125,9 +135,11 @@ def test_prepare_tells_what_there_is(tmp_path):
   assert "fashion200k: 6 of 6 texts are longer than data.max_words = 5 and are cut" in report
   assert "labels of train: 1 repeated image paths, each counts once" in report
   assert "skipped in train: 1 of 15 triplets" in report
+  # Too few for a batch: the report warns, and says the rest as before.
   c.batch_size = 15
-  with pytest.raises(ValueError, match="batch_size: expected 1 .. 14"):
-    prepare.prepare(c)
+  first, *rest = prepare.prepare(c).splitlines()
+  assert first.startswith("fashion200k: training cannot start: batch_size: expected 1 .. 14")
+  assert rest == report.splitlines()[1:]
 
 
 def test_texts_without_words_are_counted(tmp_path):
@@ -137,6 +149,44 @@ def test_texts_without_words_are_counted(tmp_path):
   items[0]["RelativeCaption"] = "!?"
   path.write_text(json.dumps(items))
   assert "train: 2 of 10 texts have no word" in prepare.prepare(config("shoes", root))
+
+
+def test_captions_of_other_letters_are_remarked_without_preparing(tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / "shoes", tmp_path / "data"))
+  path = root / "relative_captions_shoes.json"
+  items = json.loads(path.read_text())
+  for item in items:
+    item["RelativeCaption"] = "更长的靴子"
+  path.write_text(json.dumps(items))
+  c = config("shoes", root)
+  dataset = registry.open_dataset(c.data, train=True)
+  vocabulary = Vocabulary.build(
+    dataset.train.captions, markers=c.data.markers, max_words=c.data.max_words
+  )
+  found = remarks(dataset, vocabulary, c.seed)
+  assert found[0].startswith("train: 10 of 10 texts have no word (")
+  assert found[1] == ("train: 10 of 10 texts have letters other than a to z, which are dropped")
+  assert found[2].startswith("shoes: 10 of 10 texts have no word (")
+  for line in found:
+    assert line in prepare.prepare(c)
+  without = registry.open_dataset(c.data, train=False)
+  assert remarks(without, vocabulary, c.seed) == found[2:]
+
+
+def test_conversions_of_images_are_reported(tmp_path):
+  root = pathlib.Path(shutil.copytree(MINI / "shoes", tmp_path / "data"))
+  assert "converted" not in prepare.prepare(config("shoes", root))
+  (split,) = registry.open_dataset(config("shoes", root).data, train=False).evals
+  paths = split.image_paths
+  for path in paths[:2]:
+    Image.new("RGBA", (40, 40)).save(path, "PNG")
+  Image.fromarray(np.zeros((40, 40), np.uint16)).save(paths[2], "PNG")
+  Image.new("CMYK", (40, 40)).save(paths[3])
+  Image.new("L", (40, 40)).save(paths[4])  # Grey stays as it is.
+  assert (
+    "\nimage files converted to 8-bit RGB, transparent parts to white: 2 of mode RGBA with "
+    "transparency, 1 of mode CMYK, 1 of mode I;16 (16 bits)\n"
+  ) in prepare.prepare(config("shoes", root))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

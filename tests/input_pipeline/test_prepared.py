@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from configs import fashion200k, fashioniq_dress, shoes
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images, loader, prepare, prepared, registry, tfds_builders
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
@@ -90,7 +91,7 @@ def test_other_data_sets(get_config, name, tmp_path):
 
 
 def test_another_short_side_is_refused(dress):
-  with pytest.raises(ValueError, match=r"data\.resize = 40\); it has \['dress_images_32'\]"):
+  with pytest.raises(UserError, match=r"data\.resize = 40\); it has \['dress_images_32'\]"):
     open_with(dress[0], resize=40)
 
 
@@ -100,16 +101,16 @@ def test_changed_file_is_refused(dress, tmp_path):
   shutil.copytree(config.data.root, root)
   changed = root / "resized_image" / "dress" / "B00DRESS01.jpg"
   changed.write_bytes(changed.read_bytes() + b"\0")
-  with pytest.raises(ValueError, match="first resized_image/dress/B00DRESS01.jpg .changed since"):
+  with pytest.raises(UserError, match="first resized_image/dress/B00DRESS01.jpg .changed since"):
     open_with(config, root=str(root))
 
 
-def test_full_disk_is_told_before_work_starts(dress, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_work_starts(dress, tmp_path, monkeypatch):
   config = dress[0].copy_and_resolve_references()
   config.data.prepared = str(tmp_path)
   full = shutil.disk_usage(tmp_path)._replace(free=10)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-  with pytest.raises(ValueError, match="0.0 GB free"):
+  with pytest.raises(UserError, match="0.0 GB free"):
     prepare.prepare(config)
 
 
@@ -125,6 +126,19 @@ def test_interrupted_building_leaves_nothing_that_looks_whole(dress, tmp_path, m
     prepare.prepare(config)
   monkeypatch.undo()
   assert not list(tmp_path.rglob("dataset_info.json"))
-  with pytest.raises(ValueError, match="Run --mode=prepare"):
+  with pytest.raises(UserError, match="Run --mode=prepare"):
     open_with(config)
-  assert prepared.prepare(config.data, open_with(config, prepared="").train.image_paths)
+  spec = registry.DATASETS[config.data.dataset]
+  assert prepared.prepare(spec, config.data, open_with(config, prepared="").train.image_paths)
+
+
+def test_folders_may_begin_with_a_tilde(dress, tmp_path, monkeypatch):
+  config = dress[0].copy_and_resolve_references()
+  shutil.copytree(config.data.root, tmp_path / "data")
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  config.data.root, config.data.prepared = "~/data", "~/prepared"
+  prepare.prepare(config)
+  store = open_with(config).train.store
+  assert store.folder.is_relative_to(tmp_path / "prepared")
+  assert not (tmp_path / "~").exists()

@@ -3,14 +3,19 @@
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
 from configs import default
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import verify
+from crn_jax.input_pipeline.demo import generate
 
-MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data" / "fashioniq"
+MINI_DATA = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
+MINI = MINI_DATA / "fashioniq"
 
 
 @pytest.fixture
@@ -26,13 +31,13 @@ def open_shirts(root, train=True, known_digest=None, **changes):
 
 
 def test_unknown_data_set_is_refused(root):
-  with pytest.raises(ValueError, match="'fashioniq', 'shoes', .* got 'cirr'"):
+  with pytest.raises(UserError, match="'fashioniq', 'shoes', .* got 'cirr'"):
     open_shirts(root, dataset="cirr")
 
 
-def test_holes_are_an_error_unless_they_are_to_be_skipped(root):
+def test_missing_data_are_an_error_unless_they_are_to_be_skipped(root):
   (root / "resized_image/shirt/B00SHIRT04.jpg").unlink()
-  with pytest.raises(ValueError, match="B00SHIRT04"):
+  with pytest.raises(UserError, match="B00SHIRT04"):
     open_shirts(root)
   for train in (True, False):
     dataset = open_shirts(root, train, on_missing="skip")
@@ -46,7 +51,7 @@ def test_known_images_are_not_verified_again(root, monkeypatch):
   def fail(path):
     raise AssertionError(f"{path} was decoded again")
 
-  monkeypatch.setattr(verify, "damage", fail)
+  monkeypatch.setattr(verify, "inspect", fail)
   assert open_shirts(root, known_digest=digest).image_digest == digest
 
 
@@ -67,3 +72,37 @@ def test_fingerprint_is_that_of_the_train_triplets(root, tmp_path):
   assert open_shirts(root).fingerprint == fingerprint
   (root / "resized_image/shirt/S000000001.jpg").unlink()
   assert open_shirts(root, on_missing="skip").fingerprint != fingerprint
+
+
+def test_the_demo_is_drawn_in_the_home_folder_and_has_ceilings(tmp_path, monkeypatch):
+  whole = generate.generate
+  few = {"n_train_images": 20, "n_train_triplets": 20, "n_val_images": 20, "n_val_queries": 20}
+  monkeypatch.setattr(generate, "generate", lambda root: whole(root, image_size=16, **few))
+  monkeypatch.setenv("HOME", str(tmp_path))
+  dataset = open_shirts("~/demo", dataset="demo", category="all")
+  assert dataset.name == "demo/all" and len(dataset.evals) == 3
+  facts = json.loads((tmp_path / "demo" / "demo.json").read_text())["ceilings"]
+  for kind, value in dataset.ceilings.items():
+    assert value == pytest.approx(sum(facts[c][kind] for c in facts) / 3, rel=1e-12)
+  assert set(dataset.ceilings) == {"image_only", "text_only"}
+
+
+def test_every_protocol_of_a_data_set_is_described():
+  assert set(registry.DATASETS) == {"fashioniq", "shoes", "fashion200k", "demo"}
+  for name in ("fashioniq", "shoes", "fashion200k"):
+    dataset = open_shirts(MINI_DATA / name, train=False, dataset=name)
+    for split in dataset.evals:
+      assert list(split.galleries) == list(registry.DATASETS[name].protocols)
+  described = registry.protocols()
+  for spec in registry.DATASETS.values():
+    assert spec.protocols.items() <= described.items()  # One name, one meaning.
+
+
+def test_the_registry_starts_no_device():
+  """Printing results needs the protocols only."""
+  program = (
+    "import sys; from crn_jax.input_pipeline import registry; assert registry.protocols()\n"
+    "print(sorted({'jax', 'flax', 'tensorflow', 'tensorflow_datasets'} & set(sys.modules)))"
+  )
+  done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""Holes of a data folder: what is wrong with it, in words and in counts.
+"""What is missing or damaged in a data folder, in words and in counts.
 
 Readers collect `Problem`s instead of stopping at the first; `error_message` is what people see
 before training starts, `describe_skipped` what they see below every result when they went on
@@ -27,6 +27,8 @@ SKIPPABLE = {
 }
 
 _MAX_LISTED = 10
+_FETCH_FATAL = "Fetch those files again; docs/data.md says from where and what is expected."
+_FETCH = "Fetch these files again (docs/data.md says what is expected)."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +39,14 @@ class Problem:
     sort: `FATAL` (nothing can go on without it) or a key of `SKIPPABLE`.
     where: file below the root, with the item; for a missing image its category and id.
     what: what is wrong with it; "" where the sort says it all.
+    mend: how to mend it, in a sentence; None where fetching the file again does, "" where it
+      follows from the other problems.
   """
 
   sort: str
   where: str
   what: str = ""
+  mend: str | None = None
 
   def __str__(self) -> str:
     return f"{self.where}: {self.what}" if self.what else self.where
@@ -58,7 +63,7 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
 
   Args:
     root: the data folder.
-    problems: at least one; each is told once. All fatal ones are listed, and the first ten of
+    problems: at least one; each is named once. All fatal ones are listed, and the first ten of
       each other sort.
     skipped: what going on without would cost, as in `describe_skipped`.
     looked_for: where image files were looked for.
@@ -66,7 +71,7 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
   by_sort = collections.defaultdict(list)
   for problem in dict.fromkeys(problems):
     by_sort[problem.sort].append(problem)
-  lines = [f"{root}: this data folder has holes.", ""]
+  lines = [f"{root}: data are missing or damaged.", ""]
   fatal = by_sort[FATAL]
   if fatal:
     lines.append("These must be mended, they cannot be skipped:")
@@ -82,23 +87,33 @@ def error_message(root: str, problems: Sequence[Problem], skipped: dict, looked_
     lines += [f"  {p}" for p in found[:_MAX_LISTED]]
     if len(found) > _MAX_LISTED:
       lines.append(f"  ... and {len(found) - _MAX_LISTED:,} more")
+  others = [p for sort in SKIPPABLE for p in by_sort[sort]]
   lines.append("")
-  if fatal:
-    lines.append("Fetch those files again; docs/data.md says from where and what is expected.")
-    if len(by_sort) > 1:
-      lines.append("The other holes can then be left out with --config.data.on_missing=skip.")
+  lines += _mends(fatal, _FETCH_FATAL)
+  if fatal and others and all(p.mend != "" for p in fatal):
+    lines.append("The rest can then be left out with --config.data.on_missing=skip.")
   else:
-    lines.append("Fetch these files again (docs/data.md says what is expected), or go on without")
-    lines.append("what they affect by --config.data.on_missing=skip:")
-    lines += [f"  {line}" for line in describe_skipped(skipped).splitlines()]
+    lines += _mends(others, _FETCH)
+  if not fatal:
+    lines.append("Or go on without what they affect by --config.data.on_missing=skip:")
+    affected = describe_skipped(skipped) or "no triplet, query or gallery image"
+    lines += [f"  {line}" for line in affected.splitlines()]
+  elif not lines[-1]:
+    lines.append(_FETCH_FATAL)
   return "\n".join(lines)
+
+
+def _mends(problems: Sequence[Problem], usual: str) -> list[str]:
+  """How to mend problems, each sentence once."""
+  mends = dict.fromkeys(usual if p.mend is None else p.mend for p in problems)
+  return [mend for mend in mends if mend]
 
 
 def describe_skipped(skipped: dict) -> str:
   """What was left out, in one or two lines for people; "" if nothing was.
 
   Args:
-    skipped: as in `Dataset`.
+    skipped: as in `dataset.Dataset`.
   """
   lines = []
   if skipped.get("train", {}).get("triplets"):

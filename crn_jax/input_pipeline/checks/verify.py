@@ -4,14 +4,15 @@ Every file is decoded, because only that finds a truncated one. JPEGs are decode
 their size: the whole compressed stream is read, but most of the arithmetic is left out.
 """
 
+import collections
+import dataclasses
 import hashlib
 import os
-import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from multiprocessing.pool import ThreadPool
 
 import tqdm
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from crn_jax.input_pipeline import images
 
@@ -19,9 +20,34 @@ from crn_jax.input_pipeline import images
 _THREADS = min(32, (os.cpu_count() or 1) + 4)
 
 
-def find_unreadable(
+@dataclasses.dataclass(frozen=True)
+class Verified:
+  """What was found in image files.
+
+  Attributes:
+    unreadable: path -> reason of the files that cannot be decoded, see `images.describe_damage`.
+    digest: of names, sizes and times of change of the files; "" if some are unreadable, so that
+      they are looked at again.
+    converted: colour mode -> number of files that `images.to_rgb` converts from it, other than
+      plain grey; empty if nothing was decoded.
+  """
+
+  unreadable: Mapping[str, str]
+  digest: str
+  converted: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+  @property
+  def remarks(self) -> tuple[str, ...]:
+    """What is odd but harmless, in sentences."""
+    if not self.converted:
+      return ()
+    modes = ", ".join(f"{n:,} of mode {mode}" for mode, n in self.converted.items())
+    return (f"image files converted to 8-bit RGB, transparent parts to white: {modes}",)
+
+
+def verify(
   paths: Sequence[str], root: str | os.PathLike, known_digest: str | None = None
-) -> tuple[dict[str, str], str]:
+) -> Verified:
   """Decodes every file, with a progress bar if that takes more than a second.
 
   Args:
@@ -29,49 +55,51 @@ def find_unreadable(
     root: folder to which the digest's paths are relative.
     known_digest: the digest of an earlier call. If it is still that of the files, they are not
       decoded again.
-
-  Returns:
-    unreadable: path -> reason of the files that cannot be decoded, in the order of `paths`.
-    digest: of names, sizes and times of change of the files; "" if some are unreadable, so that
-      they are looked at again.
   """
   digest = _digest(paths, root)
   if digest == known_digest:
-    return {}, digest
+    return Verified({}, digest)
   with ThreadPool(_THREADS) as pool:
-    reasons = tqdm.tqdm(
-      pool.imap(damage, paths),
+    found = tqdm.tqdm(
+      pool.imap(inspect, paths),
       total=len(paths),
       desc="verify images",
       unit="image",
       delay=1,
       leave=False,
     )
-    unreadable = {path: reason for path, reason in zip(paths, reasons, strict=True) if reason}
-  return unreadable, "" if unreadable else digest
+    found = dict(zip(paths, found, strict=True))
+  unreadable = {path: reason for path, (reason, _) in found.items() if reason}
+  modes = collections.Counter(mode for reason, mode in found.values() if not reason)
+  del modes["RGB"], modes["L"]
+  converted = dict(sorted(modes.items(), key=lambda item: (-item[1], item[0])))
+  return Verified(unreadable, "" if unreadable else digest, converted)
 
 
-def damage(path: str | os.PathLike) -> str | None:
-  """Why a file cannot be decoded, in a few words; None if it can.
+def inspect(path: str | os.PathLike) -> tuple[str | None, str]:
+  """Why a file cannot be decoded, in a few words, or None if it can; and its colour mode.
 
   Finds what `images.decode` would stumble over.
   """
+  mode = ""
   try:
     with Image.open(path) as image:
+      images.check_supported(image)
+      mode = images.describe_mode(image)
       image.draft("L", (1, 1))  # Does nothing where the format has no reduced size.
       image.load()
-  except UnidentifiedImageError:
-    return "not an image" if os.path.getsize(path) else "empty"
-  except images.DECODE_ERRORS as error:
-    if isinstance(error, struct.error) or "truncated" in str(error).lower():
-      return "truncated"
-    # An error of the system repeats the path in its text.
-    return f"damaged: {getattr(error, 'strerror', None) or error}"
-  return None
+      images.check_supported(image)
+      images.to_rgb(image)
+  except MemoryError:
+    raise
+  except Exception as error:  # What decoders raise is no closed list.
+    return images.describe_damage(path, error), mode
+  return None, mode
 
 
 def _digest(paths: Sequence[str], root: str | os.PathLike) -> str:
-  digest = hashlib.sha256()
+  # Files that other limits let through are looked at again.
+  digest = hashlib.sha256(f"{images.MAX_PIXELS} {images.MAX_ASPECT}\n".encode())
   for path in sorted(paths):
     stat = os.stat(path)
     line = f"{os.path.relpath(path, root)}\0{stat.st_size}\0{stat.st_mtime_ns}\n"

@@ -1,4 +1,4 @@
-"""Writes the captions of the demo data set (`demo.py`).
+"""Writes the captions of the demo data set (`generate.py`).
 
 A caption names one changed attribute and nothing else, in at most eight words. Texts come in the
 two kinds of the CRN paper: *modification* says what changes with respect to the reference ("has

@@ -1,4 +1,4 @@
-"""Draws one synthetic garment of the demo data set (`demo.py`).
+"""Draws one synthetic garment of the demo data set (`generate.py`).
 
 A garment is a few polygons in its own coordinates: x from -1 to 1 across, y from -1 (shoulders) to
 1 (floor) down. One random pose carries them to the picture, and carries the pattern with them. It

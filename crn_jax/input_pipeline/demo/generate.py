@@ -25,6 +25,7 @@ import uuid
 import numpy as np
 import tqdm
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.demo import captions, drawing
 
 # Raise it whenever the same parameters would give other files: an old folder is then refused.
@@ -271,13 +272,13 @@ def _read_existing(root: pathlib.Path, parameters: dict) -> dict | None:
   mend = "choose another folder, or delete this one and run again"
   try:
     summary = json.loads((root / "demo.json").read_text(encoding="utf-8"))
-    found = summary["parameters"]
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise FileExistsError(f"{root}: exists and is not a demo data set; {mend}") from error
+    found = dict(summary["parameters"])
+  except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    raise UserError(f"{root}: exists and is not a demo data set; {mend}") from error
   if found != parameters:
     names = sorted(k for k in found.keys() | parameters if found.get(k) != parameters.get(k))
     detail = ", ".join(f"{k} {found.get(k)} (wanted {parameters.get(k)})" for k in names)
-    raise FileExistsError(f"{root}: holds a demo data set with other parameters: {detail}; {mend}")
+    raise UserError(f"{root}: holds a demo data set with other parameters: {detail}; {mend}")
   return summary
 
 
@@ -313,7 +314,7 @@ def generate(
     The content of ROOT/demo.json.
 
   Raises:
-    FileExistsError: root exists and is neither empty nor this data set.
+    UserError: root exists and is neither empty nor this data set.
     ValueError: an unknown category, or more images or triplets than there are combinations.
   """
   root = pathlib.Path(root).absolute()

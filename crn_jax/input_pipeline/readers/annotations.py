@@ -1,7 +1,6 @@
 """Parses the annotation files of FashionIQ; what is wrong with them is collected, not raised."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import reprlib
@@ -13,6 +12,7 @@ from crn_jax.input_pipeline.checks.missing import (
   FATAL,
   Problem,
 )
+from crn_jax.input_pipeline.readers.files import read_json_list
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +90,8 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
   """
   root = pathlib.Path(root)
   captions_name, split_name = captions_file(category, split), split_file(category, split)
-  items, problems = _read_list(root, captions_name, "entries")
-  ids, split_problems = _read_list(root, split_name, "image ids")
+  items, problems = read_json_list(root, captions_name, "entries")
+  ids, split_problems = read_json_list(root, split_name, "image ids")
   problems += split_problems
   wrong = next((i for i, image_id in enumerate(ids) if not isinstance(image_id, str)), None)
   if wrong is not None:
@@ -108,7 +108,7 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
     if isinstance(entry, str):
       problems.append(Problem(ENTRIES_MALFORMED, where, entry))
       continue
-    # Without a split list nothing can be told about the ids.
+    # Without a split list no id can be outside it.
     outside = [
       f"{key} {image_id!r}"
       for key, image_id in (("candidate", entry.reference), ("target", entry.target))
@@ -129,22 +129,6 @@ def read_annotations(root: str | os.PathLike, category: str, split: str) -> Anno
     n_repeated=len(ids) - len(frozenset(ids)),
     problems=tuple(problems),
   )
-
-
-def _read_list(root: pathlib.Path, name: str, what: str) -> tuple[list, list[Problem]]:
-  """The list in a JSON file; an empty one and a fatal problem if there is none."""
-  try:
-    value = json.loads((root / name).read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return [], [Problem(FATAL, name, "no such file")]
-  except OSError as error:
-    return [], [Problem(FATAL, name, f"cannot be opened ({error.strerror})")]
-  except ValueError as error:  # Malformed JSON or UTF-8.
-    return [], [Problem(FATAL, name, f"not valid JSON ({error})")]
-  if not isinstance(value, list) or not value:
-    found = "an empty list" if value == [] else f"a JSON value of type {type(value).__name__}"
-    return [], [Problem(FATAL, name, f"expected a list of {what}, found {found}")]
-  return value, []
 
 
 def _parse_entry(item: object) -> Entry | str:

@@ -4,7 +4,8 @@ Expected below the root:
 
   labels/*train*, labels/*test*   lines "image path TAB detection score TAB caption"
   test_queries.txt                lines "reference path target path"
-  women/.../*.jpeg                the images, at those paths
+  women/.../*.jpeg                the images, at those paths; a file may end in .jpg, .jpeg or .png,
+                                  whichever the path says
 
 Files of labels are read in sorted order. Triplets are made from captions as TIRG does (Vo et al.,
 CVPR 2019): two captions that differ in one word share a parent, which is either without that word.
@@ -15,15 +16,26 @@ import os
 import pathlib
 import reprlib
 
+import ml_collections
 import numpy as np
 
 from crn_jax.input_pipeline.checks import folder, missing
-from crn_jax.input_pipeline.dataset import TRIPLETS, EvalSplit, TrainSplit, Triplets
+from crn_jax.input_pipeline.dataset import (
+  TRIPLETS,
+  Dataset,
+  DatasetSpec,
+  EvalSplit,
+  ImageStore,
+  TfdsSpec,
+  TrainSplit,
+  Triplets,
+)
+from crn_jax.input_pipeline.readers import files
 
 GALLERY = "test_images"
 
 _QUERIES = "test_queries.txt"
-_LOOKED_FOR = "at the path that the label file names"
+_LOOKED_FOR = "at the path that the label file names; .jpg, .jpeg or .png"
 _SPELLED = ((".", "dotmark"), ("?", "questionmark"), ("&", "andmark"), ("*", "starmark"))
 
 
@@ -33,22 +45,24 @@ def read(
   train: bool = True,
   on_missing: str = "error",
   known_digest: str | None = None,
-) -> folder.Folder:
+  store: ImageStore | None = None,
+) -> Dataset:
   """Reads the folder and verifies every image that will be read.
 
   Args:
     root: see the head of this module.
     train: whether the train split is wanted; its labels need not exist otherwise.
-    on_missing: "error", or "skip" to leave out what holes affect.
+    on_missing: "error", or "skip" to leave out what missing data affect.
     known_digest: `image_digest` of an earlier call; unchanged image files are then not decoded.
+    store: what the splits hold as theirs.
 
   Returns:
     Train: all images, and `CaptionPairs`. Test: all images are the gallery; those of one caption
     are a group.
 
   Raises:
-    FileNotFoundError: there is no such root.
-    ValueError: unknown choice; or the folder has holes, all of them in one message.
+    UserError: no such root, an unknown choice, or missing or damaged data, all of it in one
+      message.
   """
   folder.check_choice("data.on_missing", on_missing, folder.ON_MISSING)
   root = folder.check_root(root, f"a Fashion200k folder with labels/, {_QUERIES} and women/")
@@ -58,21 +72,21 @@ def read(
     wrong[split] = sum(p.sort == missing.ENTRIES_MALFORMED for p in problems[split])
     if n_repeated:
       remarks.append(f"labels of {split}: {n_repeated:,} repeated image paths, each counts once")
-    paths[split] = {key: os.path.join(root, key) for key in labels[split]}
-    paths[split] = {key: path for key, path in paths[split].items() if os.path.isfile(path)}
-  unreadable, digest = folder.find_unreadable(
+    found = {key: files.find_image(os.path.join(root, key)) for key in labels[split]}
+    paths[split] = {key: path for key, path in found.items() if path is not None}
+  verified = folder.verify_images(
     root, [path for found in paths.values() for path in found.values()], known_digest
   )
   readable = {}
   for split, found in paths.items():
-    problems[split] += folder.image_problems(root, labels[split], found, unreadable)
-    readable[split] = {k: path for k, path in found.items() if path not in unreadable}
+    problems[split] += folder.image_problems(root, labels[split], found, verified.unreadable)
+    readable[split] = {k: path for k, path in found.items() if path not in verified.unreadable}
   n_queries, queries, query_problems = _read_queries(root, labels["test"])
   problems["test"] += query_problems
   queries = [pair for pair in queries if all(path in readable["test"] for path in pair)]
   if not queries and not any(p.sort == missing.FATAL for p in problems["test"]):
     what = f"nothing is left of its {n_queries} queries"
-    problems["test"].append(missing.Problem(missing.FATAL, _QUERIES, what))
+    problems["test"].append(missing.Problem(missing.FATAL, _QUERIES, what, mend=""))
   triplets, train_part = None, None
   if train:
     triplets = CaptionPairs.create([labels["train"][key] for key in readable["train"]])
@@ -95,9 +109,15 @@ def read(
   if train:
     # The captions of all good lines: the ids of words do not depend on what a copy lacks.
     captions = tuple(labels["train"].values())
-    train_split = TrainSplit(tuple(readable["train"].values()), triplets, captions)
-  evals = (_to_eval_split(readable["test"], labels["test"], queries),)
-  return folder.Folder(train_split, evals, skipped, digest, tuple(remarks))
+    train_split = TrainSplit(tuple(readable["train"].values()), triplets, captions, store)
+  return Dataset(
+    "fashion200k",
+    train_split,
+    (_to_eval_split(readable["test"], labels["test"], queries, store),),
+    skipped=skipped,
+    image_digest=verified.digest,
+    remarks=(*remarks, *verified.remarks),
+  )
 
 
 def clean_caption(text: str) -> str:
@@ -239,7 +259,7 @@ def read_labels(
     return {}, [missing.Problem(missing.FATAL, f"labels/*{split}*.txt", "no such file")], 0
   labels, problems, n_repeated = {}, [], 0
   for name in names:
-    lines, found = folder.read_lines(root, f"labels/{name}")
+    lines, found = files.read_lines(root, f"labels/{name}")
     problems += found
     for i, line in enumerate(lines, 1):
       if not line.strip():
@@ -249,7 +269,7 @@ def read_labels(
       what = None
       if len(fields) != 3 or not path:
         what = f"expected path, score and caption with tabs between, found {reprlib.repr(line)}"
-      elif folder.leaves_root(path):
+      elif files.leaves_root(path):
         what = f"the path leads outside the data folder: {path!r}"
       if what:
         where = f"labels/{name}, line {i}"
@@ -265,7 +285,7 @@ def _read_queries(
   root: pathlib.Path, labels: dict[str, str]
 ) -> tuple[int, list[tuple[str, str]], list[missing.Problem]]:
   """Number of queries, (reference path, target path) of those with labels, what is wrong."""
-  lines, problems = folder.read_lines(root, _QUERIES)
+  lines, problems = files.read_lines(root, _QUERIES)
   n_queries, queries = 0, []
   for i, line in enumerate(lines, 1):
     pair = line.split()
@@ -278,7 +298,7 @@ def _read_queries(
       problems.append(missing.Problem(missing.ENTRIES_MALFORMED, where, what))
       continue
     unknown = [path for path in pair if path not in labels]
-    if unknown and labels:  # Without labels nothing can be told about the paths.
+    if unknown and labels:  # Without labels no path can be outside them.
       what = f"{' and '.join(unknown)} not in the labels of test"
       problems.append(missing.Problem(missing.ENTRIES_OUTSIDE_SPLIT, where, what))
     else:
@@ -287,7 +307,10 @@ def _read_queries(
 
 
 def _to_eval_split(
-  paths: dict[str, str], labels: dict[str, str], queries: list[tuple[str, str]]
+  paths: dict[str, str],
+  labels: dict[str, str],
+  queries: list[tuple[str, str]],
+  store: ImageStore | None,
 ) -> EvalSplit:
   row = {key: i for i, key in enumerate(paths)}
   groups: dict[str, int] = {}
@@ -302,6 +325,7 @@ def _to_eval_split(
     ),
     galleries={GALLERY: np.arange(len(paths), dtype=np.int32)},
     groups=np.array([groups.setdefault(labels[key], len(groups)) for key in paths], np.int32),
+    store=store,
   )
 
 
@@ -319,3 +343,27 @@ def _starts(sizes: np.ndarray) -> np.ndarray:
 def _below(uniform: np.ndarray, n: np.ndarray | int) -> np.ndarray:
   """Uniform numbers in [0, 1) as integers in 0 .. n - 1."""
   return np.minimum((uniform * n).astype(np.int64), np.asarray(n) - 1)
+
+
+def _read_configured(data: ml_collections.ConfigDict, **options) -> Dataset:
+  return read(data.root, on_missing=data.on_missing, **options)
+
+
+SPEC = DatasetSpec(
+  name="fashion200k",
+  read=_read_configured,
+  protocols={GALLERY: "all test images; any image with the target's caption is a hit"},
+  tfds=TfdsSpec(
+    class_name="CrnFashion200k",
+    # Its train triplets are one draw, those of seed 0, epoch 0.
+    description=(
+      "Fashion200k (Han et al., ICCV 2017): a reference image, a changed word -> a target."
+    ),
+    homepage="https://github.com/xthan/fashion-200k",
+    manual_download_instructions=f"A folder with labels/, {_QUERIES} and women/.",
+    parts=("all",),
+    short_side=224,
+    read=lambda root, part, on_missing: read(root, on_missing=on_missing),
+  ),
+  part=lambda data: "all",
+)

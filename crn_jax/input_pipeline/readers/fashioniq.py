@@ -10,8 +10,8 @@ Expected below the root:
 The candidate is the reference image. Other keys of an entry are ignored, except an optional
 string "kind" (kind of text), which is kept when every entry read has it.
 
-Copies of FashionIQ have holes. All of them are found before anything is handed out (`holes`), and
-either end the reading with one message or are left out and counted.
+Copies of FashionIQ lack images. All that is missing or damaged is found before anything is handed
+out (`missing`), and either ends the reading with one message or is left out and counted.
 """
 
 import dataclasses
@@ -19,10 +19,20 @@ import os
 import pathlib
 from collections.abc import Iterable, Sequence
 
+import ml_collections
 import numpy as np
 
-from crn_jax.input_pipeline.checks import folder, missing, verify
-from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit, Triplets
+from crn_jax.input_pipeline.checks import folder, missing
+from crn_jax.input_pipeline.dataset import (
+  Dataset,
+  DatasetSpec,
+  EvalSplit,
+  ImageStore,
+  TfdsSpec,
+  TrainSplit,
+  Triplets,
+)
+from crn_jax.input_pipeline.readers import files
 from crn_jax.input_pipeline.readers.annotations import (
   Annotations,
   Entry,
@@ -37,7 +47,6 @@ CAPTION_USES = ("joined", "both_orders", "separate")
 
 # Folders in which images of a category may lie; an earlier one wins over a later one.
 _IMAGE_FOLDERS = ("resized_image/{}", "images/{}", "images")
-_EXTENSIONS = (".jpg", ".jpeg", ".png")
 _LOOKED_FOR = "ID.jpg, .jpeg or .png in resized_image/CATEGORY/, images/CATEGORY/ or images/"
 
 
@@ -49,7 +58,8 @@ def read(
   train: bool = True,
   on_missing: str = "error",
   known_digest: str | None = None,
-) -> folder.Folder:
+  store: ImageStore | None = None,
+) -> Dataset:
   """Reads one category, or all three together, and verifies every image that will be read.
 
   Args:
@@ -61,9 +71,10 @@ def read(
       "separate" (two triplets with one caption each: VAL).
     train: whether the train split is wanted; its files need not exist otherwise.
     on_missing: "error", or "skip" to leave out the triplets, queries and gallery entries that
-      holes affect. Images of queries that are left out stay in the galleries, so that these are
-      as close to the published ones as the files allow.
+      missing data affect. Images of queries that are left out stay in the galleries, so that these
+      are as close to the published ones as the files allow.
     known_digest: `image_digest` of an earlier call; unchanged image files are then not decoded.
+    store: what the splits hold as theirs.
 
   Returns:
     Train: `image_paths` holds the images that triplets use, in order of first appearance,
@@ -73,9 +84,8 @@ def read(
     split list (CLIP4Cir, the challenge).
 
   Raises:
-    FileNotFoundError: there is no such root.
-    ValueError: unknown category, caption_use or on_missing; or the folder has holes, all of them
-      in one message.
+    UserError: no such root, unknown category, caption_use or on_missing, or missing or damaged
+      data, all of it in one message.
   """
   folder.check_choice("caption_use", caption_use, CAPTION_USES)
   folder.check_choice("on_missing", on_missing, folder.ON_MISSING)
@@ -92,22 +102,26 @@ def read(
   paths = locate_images(
     root, {c: [i for a in annotations if a.category == c for i in a.needed_ids] for c in categories}
   )
-  # By path: in the flat layout categories share files.
-  files = tuple(dict.fromkeys(path for found in paths.values() for path in (found or {}).values()))
-  unreadable, digest = verify.find_unreadable(files, root, known_digest)
-  parts = [_to_part(root, a, paths[a.category], unreadable) for a in annotations]
+  used = [path for found in paths.values() for path in (found or {}).values()]
+  verified = folder.verify_images(root, used, known_digest)
+  parts = [_to_part(root, a, paths[a.category], verified.unreadable) for a in annotations]
   problems = [p for part in parts for p in part.problems]
   skipped = _count_skipped(parts, caption_use) if problems else {}
   folder.check_problems(root, problems, skipped, on_missing, _LOOKED_FOR)
-  return folder.Folder(
-    train=_to_train_split([p for p in parts if p.split == "train"], caption_use) if train else None,
-    evals=tuple(_to_eval_split(p, caption_use) for p in parts if p.split == "val"),
+  train_parts = [p for p in parts if p.split == "train"]
+  return Dataset(
+    name=f"fashioniq/{category}",
+    train=_to_train_split(train_parts, caption_use, store) if train else None,
+    evals=tuple(_to_eval_split(p, caption_use, store) for p in parts if p.split == "val"),
     skipped=skipped,
-    image_digest=digest,
-    remarks=tuple(
-      f"{split_file(a.category, a.split)}: {a.n_repeated:,} repeated ids, each counts once"
-      for a in annotations
-      if a.n_repeated
+    image_digest=verified.digest,
+    remarks=(
+      *(
+        f"{split_file(a.category, a.split)}: {a.n_repeated:,} repeated ids, each counts once"
+        for a in annotations
+        if a.n_repeated
+      ),
+      *verified.remarks,
     ),
   )
 
@@ -121,7 +135,7 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
   """The texts that one entry gives rise to: one for "joined", two otherwise.
 
   Raises:
-    ValueError: unknown caption_use.
+    UserError: unknown caption_use.
   """
   folder.check_choice("caption_use", caption_use, CAPTION_USES)
   first, second = captions
@@ -146,7 +160,7 @@ def locate_images(
   """
   root = pathlib.Path(root)
   listings = {
-    name: _list_images(root / name)
+    name: files.list_images(root / name)
     for name in dict.fromkeys(f.format(category) for category in ids for f in _IMAGE_FOLDERS)
   }
   paths = {}
@@ -197,20 +211,19 @@ def _to_part(
     if path is None:
       problems.append(missing.Problem(missing.IMAGES_MISSING, f"{a.category} {image_id}"))
     elif path in unreadable:
-      where = os.path.relpath(path, root)
-      problems.append(missing.Problem(missing.IMAGES_UNREADABLE, where, unreadable[path]))
+      problems.append(folder.unreadable_problem(root, path, unreadable[path]))
     else:
       readable[image_id] = path
   entries = tuple(e for e in a.entries if e.reference in readable and e.target in readable)
   if not entries and not any(p.sort == missing.FATAL for p in problems):
     where = captions_file(a.category, a.split)
     what = f"nothing is left of its {a.n_items} entries"
-    problems.append(missing.Problem(missing.FATAL, where, what))
+    problems.append(missing.Problem(missing.FATAL, where, what, mend=""))
   return _Part(a, readable, entries, tuple(problems))
 
 
 def _count_skipped(parts: Sequence[_Part], caption_use: str) -> dict:
-  """See `datasets.Dataset.skipped`."""
+  """See `dataset.Dataset.skipped`."""
   n_texts = len(use_captions(("", ""), caption_use))
   skipped = {}
   train = [p for p in parts if p.split == "train"]
@@ -235,25 +248,9 @@ def _count_skipped(parts: Sequence[_Part], caption_use: str) -> dict:
   return skipped
 
 
-def _list_images(path: pathlib.Path) -> dict[str, str] | None:
-  """id -> path of the images in a folder, or None if there is no such folder."""
-  if not path.is_dir():
-    return None
-  found: dict[str, tuple[int, str]] = {}
-  with os.scandir(path) as entries:
-    for entry in entries:
-      stem, extension = os.path.splitext(entry.name)
-      # A link that leads nowhere is no file.
-      if extension.lower() not in _EXTENSIONS or not entry.is_file():
-        continue
-      # Listings come in any order: the extension decides which of two files of one id is taken.
-      candidate = (_EXTENSIONS.index(extension.lower()), entry.path)
-      if stem not in found or candidate < found[stem]:
-        found[stem] = candidate
-  return {stem: path for stem, (_, path) in found.items()}
-
-
-def _to_train_split(parts: Sequence[_Part], caption_use: str) -> TrainSplit:
+def _to_train_split(
+  parts: Sequence[_Part], caption_use: str, store: ImageStore | None
+) -> TrainSplit:
   rows: dict[str, int] = {}  # By path: in the flat layout categories share files.
   triplets = []
   for p in parts:
@@ -266,6 +263,7 @@ def _to_train_split(parts: Sequence[_Part], caption_use: str) -> TrainSplit:
     # Of all good entries, with or without images: the ids of words do not depend on which image
     # files a copy of the data lacks.
     captions=tuple(c for p in parts for entry in p.annotations.entries for c in entry.captions),
+    store=store,
   )
 
 
@@ -290,7 +288,7 @@ def _concatenate(parts: Sequence[Triplets]) -> Triplets:
   )
 
 
-def _to_eval_split(part: _Part, caption_use: str) -> EvalSplit:
+def _to_eval_split(part: _Part, caption_use: str, store: ImageStore | None) -> EvalSplit:
   row = {image_id: i for i, image_id in enumerate(part.paths)}
   return EvalSplit(
     name=part.annotations.category,
@@ -301,4 +299,31 @@ def _to_eval_split(part: _Part, caption_use: str) -> EvalSplit:
       protocol: np.array([row[i] for i in ids if i in row], np.int32)
       for protocol, ids in gallery_ids(part.annotations).items()
     },
+    store=store,
   )
+
+
+def _read_configured(data: ml_collections.ConfigDict, **options) -> Dataset:
+  return read(data.root, data.category, data.captions, on_missing=data.on_missing, **options)
+
+
+SPEC = DatasetSpec(
+  name="fashioniq",
+  read=_read_configured,
+  protocols={
+    "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
+    "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
+  },
+  tfds=TfdsSpec(
+    class_name="CrnFashionIQ",
+    description="FashionIQ (Wu et al., CVPR 2021): a reference image and two captions -> a target.",
+    homepage="https://github.com/XiaoxiaoGuo/fashion-iq",
+    manual_download_instructions=(
+      "A folder with captions/, image_splits/ and resized_image/CATEGORY/."
+    ),
+    parts=(*CATEGORIES, "all"),
+    short_side=256,
+    read=lambda root, part, on_missing: read(root, part, on_missing=on_missing),
+  ),
+  part=lambda data: data.category,
+)

@@ -9,25 +9,25 @@ Expected below the root:
   womens_*/*/NAME                the images
 
 Folders are those with "womens" in their name. Where they hold a name twice, the first in sorted
-order is taken.
+order is taken. A file may end in .jpg, .jpeg or .png, whichever the lists say.
 """
 
-import json
 import os
 import pathlib
 import reprlib
 
-import numpy as np
+import ml_collections
 
 from crn_jax.input_pipeline.checks import folder, missing
-from crn_jax.input_pipeline.dataset import EvalSplit, TrainSplit, Triplets
+from crn_jax.input_pipeline.dataset import Dataset, DatasetSpec, ImageStore, TfdsSpec
+from crn_jax.input_pipeline.readers import files, named
 
 PAIRS = ("released", "unique")
 GALLERY = "eval_list"
 
 _CAPTIONS = "relative_captions_shoes.json"
 _KEYS = ("ReferenceImageName", "ImageName", "RelativeCaption")
-_LOOKED_FOR = "womens*/*/NAME.jpg"
+_LOOKED_FOR = "womens*/*/NAME; .jpg, .jpeg or .png"
 
 # (reference, target, text)
 Pair = tuple[str, str, str]
@@ -40,7 +40,8 @@ def read(
   train: bool = True,
   on_missing: str = "error",
   known_digest: str | None = None,
-) -> folder.Folder:
+  store: ImageStore | None = None,
+) -> Dataset:
   """Reads the folder and verifies every image that will be read.
 
   Args:
@@ -50,55 +51,49 @@ def read(
       in the list comes once; targets outside the gallery are misses. "unique": every annotation
       with both ends in the list, once, in file order.
     train: whether the train split is wanted; its list need not exist otherwise.
-    on_missing: "error", or "skip" to leave out what holes affect.
+    on_missing: "error", or "skip" to leave out what missing data affect.
     known_digest: `image_digest` of an earlier call; unchanged image files are then not decoded.
+    store: what the splits hold as theirs.
 
   Raises:
-    FileNotFoundError: there is no such root.
-    ValueError: unknown choice; or the folder has holes, all of them in one message.
+    UserError: no such root, an unknown choice, or missing or damaged data, all of it in one
+      message.
   """
   folder.check_choice("data.shoes_pairs", pairs, PAIRS)
   folder.check_choice("data.on_missing", on_missing, folder.ON_MISSING)
   root = folder.check_root(
     root, f"a Shoes folder with {_CAPTIONS}, train_im_names.txt, eval_im_names.txt and womens_*/"
   )
-  annotations, shared_problems = _read_annotations(root)
+  annotations, problems = _read_annotations(root)
   located, n_twice = _locate_images(root)
   remarks = [f"{n_twice:,} image names have several files; the first is used"] if n_twice else []
-  asked, names, problems, wanted = {}, {}, {}, {}
+  asked = {}
   for split in ("train", "eval") if train else ("eval",):
-    listed, problems[split] = folder.read_lines(root, f"{split}_im_names.txt")
-    listed = [name.strip() for name in listed if name.strip()]
-    names[split] = tuple(dict.fromkeys(listed))
-    if len(names[split]) < len(listed):
-      repeated = len(listed) - len(names[split])
-      remarks.append(f"{split}_im_names.txt: {repeated:,} repeated names, each counts once")
-    problems[split] = [*shared_problems, *problems[split]]
-    asked[split] = choose_pairs(annotations, names[split], pairs)
-    ends = (name for reference, target, _ in asked[split] for name in (reference, target))
-    wanted[split] = tuple(dict.fromkeys([*(names[split] if split == "eval" else ()), *ends]))
-  files = [located[name] for keys in wanted.values() for name in keys if name in located]
-  unreadable, digest = folder.find_unreadable(root, files, known_digest)
-  paths, left = {}, {}
-  for split, keys in wanted.items():
-    problems[split] += folder.image_problems(root, keys, located, unreadable)
-    paths[split] = {
-      name: located[name] for name in keys if name in located and located[name] not in unreadable
-    }
-    good = paths[split]
-    left[split] = [pair for pair in asked[split] if pair[0] in good and pair[1] in good]
-    if not left[split] and not any(p.sort == missing.FATAL for p in problems[split]):
-      what = f"nothing is left of its {len(asked[split])} pairs"
-      problems[split].append(missing.Problem(missing.FATAL, f"{split}_im_names.txt", what))
-  skipped = _count_skipped(problems, asked, left, names, paths, train)
-  everything = [p for found in problems.values() for p in found]
-  folder.check_problems(root, everything, skipped, on_missing, _LOOKED_FOR)
-  return folder.Folder(
-    _to_train_split(left["train"], asked["train"], paths["train"]) if train else None,
-    (_to_eval_split(left["eval"], names["eval"], paths["eval"]),),
-    skipped,
-    digest,
-    tuple(remarks),
+    file = f"{split}_im_names.txt"
+    lines, list_problems = files.read_lines(root, file)
+    listed = [line.strip() for line in lines if line.strip()]
+    names = tuple(dict.fromkeys(listed))
+    if repeated := len(listed) - len(names):
+      remarks.append(f"{file}: {repeated:,} repeated names, each counts once")
+    asked[split] = named.Annotated(
+      file,
+      [(r, t, (text,)) for r, t, text in choose_pairs(annotations, names, pairs)],
+      gallery=names if split == "eval" else (),
+      problems=[*problems, *list_problems],
+    )
+  wanted = dict.fromkeys(name for split in asked.values() for name in split.names)
+  return named.to_dataset(
+    "shoes",
+    root,
+    asked.get("train"),
+    asked["eval"],
+    {name: located[files.stem(name)] for name in wanted if files.stem(name) in located},
+    protocol=GALLERY,
+    looked_for=_LOOKED_FOR,
+    on_missing=on_missing,
+    known_digest=known_digest,
+    store=store,
+    remarks=remarks,
   )
 
 
@@ -115,20 +110,8 @@ def choose_pairs(annotations: list[Pair], names: tuple[str, ...], pairs: str) ->
 
 
 def _read_annotations(root: pathlib.Path) -> tuple[list[Pair], list[missing.Problem]]:
-  try:
-    items = json.loads((root / _CAPTIONS).read_text(encoding="utf-8-sig"))
-  except FileNotFoundError:
-    return [], [missing.Problem(missing.FATAL, _CAPTIONS, "no such file")]
-  except OSError as error:
-    return [], [missing.Problem(missing.FATAL, _CAPTIONS, f"cannot be opened ({error.strerror})")]
-  except ValueError as error:  # Malformed JSON or UTF-8.
-    return [], [missing.Problem(missing.FATAL, _CAPTIONS, f"not valid JSON ({error})")]
-  if not isinstance(items, list) or not items:
-    found = "an empty list" if items == [] else f"a JSON value of type {type(items).__name__}"
-    return [], [
-      missing.Problem(missing.FATAL, _CAPTIONS, f"expected a list of pairs, found {found}")
-    ]
-  annotations, problems = [], []
+  items, problems = files.read_json_list(root, _CAPTIONS, "pairs")
+  annotations = []
   for i, item in enumerate(items):
     if isinstance(item, dict) and all(isinstance(item.get(key), str) for key in _KEYS):
       reference, target, text = (item[key] for key in _KEYS)
@@ -141,52 +124,34 @@ def _read_annotations(root: pathlib.Path) -> tuple[list[Pair], list[missing.Prob
 
 
 def _locate_images(root: pathlib.Path) -> tuple[dict[str, str], int]:
-  """name -> path, in sorted order of the paths, and the number of names with several files."""
+  """stem -> path, and the number of stems with files in several folders."""
   located, twice = {}, set()
   for top in sorted(p for p in root.iterdir() if "womens" in p.name and p.is_dir()):
-    for path in sorted(top.glob("*/*.jpg")):
-      if path.name in located:
-        twice.add(path.name)
-      elif path.is_file():  # A link that leads nowhere is no file.
-        located[path.name] = str(path)
+    for inner in sorted(top.iterdir()):
+      for stem, path in (files.list_images(inner) or {}).items():
+        if stem in located:
+          twice.add(stem)
+        else:
+          located[stem] = path
   return located, len(twice)
 
 
-def _count_skipped(problems, asked, left, names, paths, train: bool) -> dict:
-  def part(split, what, **galleries):
-    n = len(asked[split])
-    return folder.Part(problems[split], {what: (n - len(left[split]), n), **galleries})
-
-  lost = sum(name not in paths["eval"] for name in names["eval"])
-  val = part("eval", "queries", **{GALLERY: (lost, len(names["eval"]))})
-  return folder.count_skipped(part("train", "triplets") if train else None, "shoes", val)
+def _read_configured(data: ml_collections.ConfigDict, **options) -> Dataset:
+  return read(data.root, data.shoes_pairs, on_missing=data.on_missing, **options)
 
 
-def _to_train_split(left: list[Pair], asked: list[Pair], paths: dict[str, str]) -> TrainSplit:
-  used = tuple(dict.fromkeys(name for pair in left for name in pair[:2]))
-  row = {name: i for i, name in enumerate(used)}
-  return TrainSplit(
-    image_paths=tuple(paths[name] for name in used),
-    triplets=_to_triplets(left, row),
-    # With or without images: the ids of words do not depend on what a copy of the data lacks.
-    captions=tuple(text for _, _, text in asked),
-  )
-
-
-def _to_eval_split(left: list[Pair], names: tuple[str, ...], paths: dict[str, str]) -> EvalSplit:
-  row = {name: i for i, name in enumerate(paths)}
-  return EvalSplit(
-    name="shoes",
-    image_ids=tuple(paths),
-    image_paths=tuple(paths.values()),
-    queries=_to_triplets(left, row),
-    galleries={GALLERY: np.array([row[name] for name in names if name in row], np.int32)},
-  )
-
-
-def _to_triplets(pairs: list[Pair], row: dict[str, int]) -> Triplets:
-  return Triplets(
-    reference=np.array([row[reference] for reference, _, _ in pairs], np.int32),
-    target=np.array([row[target] for _, target, _ in pairs], np.int32),
-    texts=tuple((text,) for _, _, text in pairs),
-  )
+SPEC = DatasetSpec(
+  name="shoes",
+  read=_read_configured,
+  protocols={GALLERY: "the images of eval_im_names.txt; a target that is not among them is a miss"},
+  tfds=TfdsSpec(
+    class_name="CrnShoes",
+    description="Shoes (Guo et al., NeurIPS 2018): a reference image and a caption -> a target.",
+    homepage="https://github.com/XiaoxiaoGuo/fashion-retrieval",
+    manual_download_instructions=f"A folder with {_CAPTIONS} and womens_*/.",
+    parts=PAIRS,
+    short_side=256,
+    read=lambda root, part, on_missing: read(root, part, on_missing=on_missing),
+  ),
+  part=lambda data: data.shoes_pairs,
+)

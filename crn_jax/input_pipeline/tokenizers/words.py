@@ -8,6 +8,7 @@ tells them apart.
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from absl import logging
 
+from crn_jax.errors import UserError
 from crn_jax.workdir import files
 
 UNK, AND, BOS, EOS = range(4)
@@ -55,9 +57,9 @@ class Vocabulary:
 
   def __post_init__(self):
     if self.markers not in MARKERS:
-      raise ValueError(f"markers: expected one of {MARKERS}, got {self.markers!r}")
+      raise UserError(f"markers: expected one of {MARKERS}, got {self.markers!r}")
     if not isinstance(self.max_words, int) or self.max_words < _MIN_WORDS:
-      raise ValueError(
+      raise UserError(
         f"max_words: expected an integer of {_MIN_WORDS} or more, got {self.max_words!r}"
       )
     if self.words[: len(RESERVED)] != RESERVED:
@@ -125,7 +127,7 @@ class Vocabulary:
     return row, np.arange(self.max_words) < len(ids)
 
   def encode_all(self, queries: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and masks of many queries; one warning tells how many were cut.
+    """Ids and masks of many queries; one warning says how many were cut.
 
     Args:
       queries: the captions of each of n queries.
@@ -155,37 +157,44 @@ class Vocabulary:
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes the vocabulary as JSON; the file appears complete or not at all."""
-    content = {"markers": self.markers, "max_words": self.max_words, "words": self.words}
+    content = {"markers": self.markers, "max_words": self.max_words, "words": list(self.words)}
+    content["checksum"] = _checksum(content)
     with files.replacing(path) as partial:
       partial.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> "Vocabulary":
-    """Reads what `save` wrote.
+    """Reads what `save` wrote, or wrote before it noted a checksum.
 
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is not a saved vocabulary.
+      UserError: no such file, it is not a saved vocabulary, or not as it was saved.
     """
     try:
       content = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-      raise FileNotFoundError(
+      raise UserError(
         f"{path}: no such file; training writes the vocabulary into its workdir"
       ) from error
-    except ValueError as error:  # Malformed JSON or UTF-8.
-      raise ValueError(f"{path}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:  # Malformed JSON or UTF-8.
+      raise UserError(f"{path}: not valid JSON ({error})") from error
     keys = {"markers", "max_words", "words"}
-    if not isinstance(content, dict) or set(content) != keys:
+    if not isinstance(content, dict) or set(content) - {"checksum"} != keys:
       found = sorted(content) if isinstance(content, dict) else type(content).__name__
-      raise ValueError(f"{path}: expected an object with keys {sorted(keys)}, found {found}")
+      raise UserError(f"{path}: expected an object with keys {sorted(keys)}, found {found}")
+    checksum = content.pop("checksum", None)
     words = content["words"]
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-      raise ValueError(f"{path}: expected a list of strings as words")
+      raise UserError(f"{path}: expected a list of strings as words")
+    if checksum is not None and checksum != _checksum(content):
+      # With the words in another order every text would be read as another one.
+      raise UserError(
+        f"{path}: its content is not what its checksum says, so it was changed after it was "
+        f"written; restore the file"
+      )
     try:
       return cls(tuple(words), content["markers"], content["max_words"])
     except ValueError as error:
-      raise ValueError(f"{path}: {error}") from error
+      raise UserError(f"{path}: {error}") from error
 
   def _words(self, texts: Sequence[str]) -> list[tuple[str, int]]:
     """Words and ids of one query, not cut."""
@@ -201,3 +210,7 @@ class Vocabulary:
       # The release fails on a text without words; one unknown word keeps the mask non-empty.
       words = tokenize(text) or [RESERVED[UNK]]
     return [(word, self._id_of.get(word, UNK)) for word in words]
+
+
+def _checksum(content: dict) -> str:
+  return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

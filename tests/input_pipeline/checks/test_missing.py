@@ -1,4 +1,4 @@
-"""Data folders with holes: all are told in one message, or left out and counted."""
+"""Missing and damaged data: all of it is named in one message, or left out and counted."""
 
 import json
 import os
@@ -7,7 +7,9 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.checks import folder, missing
 from crn_jax.input_pipeline.readers import fashioniq
 
@@ -30,7 +32,7 @@ def edit(root, file, change):
 
 
 def message_of(root, category="shirt", **choices):
-  with pytest.raises(ValueError) as caught:
+  with pytest.raises(UserError) as caught:
     fashioniq.read(root, category, **choices)
   return str(caught.value)
 
@@ -43,7 +45,7 @@ def cut(path):
   path.write_bytes(path.read_bytes()[:-50])
 
 
-# One test per sort of hole.
+# One test per sort of problem.
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -54,7 +56,7 @@ def cut(path):
     ("image_splits/split.shirt.{}.json", os.remove, "no such file"),
     ("captions/cap.shirt.{}.json", lambda p: p.write_text('[{"target"'), "not valid JSON"),
     ("captions/cap.shirt.{}.json", lambda p: p.write_text(""), "not valid JSON"),
-    ("image_splits/split.shirt.{}.json", lambda p: p.write_bytes(b'["\xff"]'), "not valid JSON"),
+    ("image_splits/split.shirt.{}.json", lambda p: p.write_bytes(b'["\xff"]'), "not UTF-8"),
     (
       "captions/cap.shirt.{}.json",
       lambda p: p.write_text("{}"),
@@ -113,7 +115,7 @@ def test_annotation_files_that_cannot_be_used_end_the_reading(
   ],
 )
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_malformed_entries_are_told_with_their_item(root, split, spoil, expected):
+def test_malformed_entries_are_named_with_their_item(root, split, spoil, expected):
   file = f"captions/cap.shirt.{split}.json"
   edit(root, file, spoil)
   assert f"1 entry is malformed:\n  {file}, item 1: {expected}\n" in message_of(root)
@@ -123,7 +125,7 @@ def test_malformed_entries_are_told_with_their_item(root, split, spoil, expected
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_ids_outside_the_split_list_are_told_with_their_item(root, split):
+def test_ids_outside_the_split_list_are_named_with_their_item(root, split):
   file = f"captions/cap.shirt.{split}.json"
   edit(root, file, lambda entries: entries[1].update(candidate="X"))
   assert (
@@ -143,14 +145,14 @@ def test_ids_outside_the_split_list_are_told_with_their_item(root, split):
     (lambda p: p.write_text("<html>404</html>"), "not an image"),
   ],
 )
-def test_image_files_that_cannot_be_read_are_told_with_the_reason(root, spoil, reason):
+def test_image_files_that_cannot_be_read_are_named_with_the_reason(root, spoil, reason):
   file = f"{IMAGES}/S000000001.jpg"
   spoil(root / file)
   expected = f"1 image file cannot be read (1 {reason}):\n  {file}: {reason}\n"
   assert expected in message_of(root)
 
 
-def test_missing_images_are_told_by_category_and_id(root):
+def test_missing_images_are_named_by_category_and_id(root):
   (root / IMAGES / "S000000001.jpg").unlink()
   (root / IMAGES / "S000000002.jpg").unlink()
   (root / IMAGES / "S000000002.jpg").symlink_to(root / "nowhere.jpg")
@@ -173,7 +175,7 @@ def test_a_category_that_becomes_empty_ends_the_reading(root, on_missing):
 
 
 @pytest.mark.parametrize("on_missing", folder.ON_MISSING)
-def test_a_missing_image_folder_tells_which_were_tried(root, on_missing):
+def test_a_missing_image_folder_names_those_tried(root, on_missing):
   shutil.rmtree(root / IMAGES)
   message = message_of(root, on_missing=on_missing)
   tried = "resized_image/shirt/, images/shirt/, images/"
@@ -184,7 +186,7 @@ def test_a_missing_image_folder_tells_which_were_tried(root, on_missing):
 # The message.
 
 
-def test_one_message_tells_everything_and_how_to_go_on(root):
+def test_one_message_names_everything_and_how_to_go_on(root):
   edit(root, "captions/cap.dress.train.json", lambda entries: entries[0].pop("captions"))
   edit(root, "captions/cap.shirt.val.json", lambda entries: entries[1].update(target="X"))
   cut(root / "resized_image/toptee/T000000001.jpg")
@@ -198,7 +200,7 @@ def test_one_message_tells_everything_and_how_to_go_on(root):
   assert (
     message_of(root, "all")
     == f"""\
-{root}: this data folder has holes.
+{root}: data are missing or damaged.
 
 1 entry is malformed:
   captions/cap.dress.train.json, item 0: no key captions; found candidate, target
@@ -221,8 +223,8 @@ images/):
   dress N8
   ... and 1 more
 
-Fetch these files again (docs/data.md says what is expected), or go on without
-what they affect by --config.data.on_missing=skip:
+Fetch these files again (docs/data.md says what is expected).
+Or go on without what they affect by --config.data.on_missing=skip:
   skipped in train: 3 of 13 triplets
   skipped in val: dress 1 of 6 queries, 1 of 6 val_split images, 11 of 20 original_split images; \
 shirt 1 of 2 queries"""
@@ -244,7 +246,7 @@ def test_all_unusable_files_are_named_together_with_the_rest(root):
   assert message.endswith("can then be left out with --config.data.on_missing=skip.")
 
 
-def test_a_file_that_categories_and_splits_share_is_told_once(root):
+def test_a_file_that_categories_and_splits_share_is_named_once(root):
   flat = root / "images"
   flat.mkdir()
   for path in (root / "resized_image").rglob("*.jpg"):
@@ -259,6 +261,37 @@ def test_a_file_that_categories_and_splits_share_is_told_once(root):
   assert (
     "1 image file cannot be read (1 truncated):\n  images/S000000001.jpg: truncated\n" in message
   )
+
+
+def test_nothing_is_said_of_a_rest_where_there_is_none(root):
+  (root / "captions/cap.shirt.val.json").unlink()
+  message = message_of(root)
+  assert message.endswith("docs/data.md says from where and what is expected.")
+  assert "skip" not in message.replace("cannot be skipped", "")
+  (root / IMAGES / "S000000001.jpg").unlink()
+  message = message_of(root)
+  assert message.endswith("The rest can then be left out with --config.data.on_missing=skip.")
+
+
+def test_where_nothing_would_be_left_the_advice_is_to_mend_the_rest(root):
+  (root / IMAGES / "B00SHIRT02.jpg").unlink()  # The target of both queries.
+  message = message_of(root)
+  assert message.endswith("\n\nFetch these files again (docs/data.md says what is expected).")
+
+
+def test_advice_fits_the_cause(root):
+  """A HEIC file is not mended by fetching it again, nor one that is too elongated."""
+  (root / IMAGES / "S000000001.jpg").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+  Image.new("L", (1, 200)).save(root / IMAGES / "S000000004.jpg")
+  message = message_of(root)
+  assert "2 image files cannot be read (1 HEIC, 1 too elongated):" in message
+  advice = message.rpartition("\n\n")[2].splitlines()
+  assert advice[:3] == [
+    "HEIC: run `pip install pillow-heif`, or convert these files to JPEG.",
+    "Too elongated: crop these images to sides of at most 1 : 100.",
+    "Or go on without what they affect by --config.data.on_missing=skip:",
+  ]
+  assert skip(root).skipped["train"]["images_unreadable"] == 2
 
 
 # Going on without.
@@ -368,7 +401,7 @@ def test_counts_are_those_of_triplets_not_of_entries(root, caption_use, n_texts)
   assert data.skipped["train"]["of_triplets"] == 3 * n_texts
 
 
-def test_counts_are_told_with_separators_and_without_what_is_whole():
+def test_counts_are_named_with_separators_and_without_what_is_whole():
   none = {"queries": 0, "of_queries": 2038, "val_split": 0, "of_val_split": 3089}
   none |= {"original_split": 0, "of_original_split": 6346}
   counts = {"train": {"triplets": 1005, "of_triplets": 5985}, "val": {"shirt": none}}

@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.checks import verify
+
+
+def damage(path):
+  reason, _ = verify.inspect(path)
+  return reason
 
 
 @pytest.fixture
@@ -20,28 +26,28 @@ def pixels():
 def test_a_jpeg_cut_anywhere_is_found(tmp_path, pixels, mode, progressive):
   path = tmp_path / "image.jpg"
   Image.fromarray(pixels).convert(mode).save(path, progressive=progressive)
-  assert verify.damage(path) is None
+  assert damage(path) is None
   content = path.read_bytes()
   for kept in (0.3, 0.5, 0.9, 0.99):
     path.write_bytes(content[: int(kept * len(content))])
-    assert verify.damage(path) == "truncated", kept
+    assert damage(path) == "truncated", kept
   for cut in range(1, 20):
     path.write_bytes(content[:-cut])
-    assert verify.damage(path) == "truncated", cut
+    assert damage(path) == "truncated", cut
 
 
 def test_a_truncated_png_is_found(tmp_path, pixels):
   path = tmp_path / "image.png"
   Image.fromarray(pixels).save(path)
-  assert verify.damage(path) is None
+  assert damage(path) is None
   content = path.read_bytes()
   for kept in (0.1, 0.5, 0.99):
     path.write_bytes(content[: int(kept * len(content))])
-    assert verify.damage(path) == "truncated", kept
+    assert damage(path) == "truncated", kept
   content = bytearray(content)
   content[60] ^= 255
   path.write_bytes(content)
-  assert verify.damage(path).startswith("damaged: ")
+  assert damage(path).startswith("damaged: ")
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png"])
@@ -55,24 +61,24 @@ def test_what_is_damaged_is_what_cannot_be_decoded(tmp_path, extension):
     try:
       images.decode(path)
       decodes = True
-    except ValueError:
+    except UserError:
       decodes = False
-    assert (verify.damage(path) is None) == decodes, length
+    assert (damage(path) is None) == decodes, length
 
 
 def test_files_that_are_no_images_are_found(tmp_path):
   path = tmp_path / "image.jpg"
   path.write_bytes(b"")
-  assert verify.damage(path) == "empty"
+  assert damage(path) == "empty"
   path.write_text("<!DOCTYPE html><html>404 Not Found</html>")
-  assert verify.damage(path) == "not an image"
+  assert damage(path) == "not an image"
   path.unlink()
-  assert verify.damage(path) == "damaged: No such file or directory"
+  assert damage(path) == "damaged: No such file or directory"
 
 
 def test_an_image_of_one_pixel_is_fine(tmp_path):
   Image.new("RGB", (1, 1)).save(tmp_path / "image.jpg")
-  assert verify.damage(tmp_path / "image.jpg") is None
+  assert damage(tmp_path / "image.jpg") is None
 
 
 @pytest.fixture
@@ -86,41 +92,52 @@ def paths(tmp_path):
 
 def count_decoded(monkeypatch):
   seen = []
-  damage = verify.damage
-  monkeypatch.setattr(verify, "damage", lambda path: [seen.append(path), damage(path)][1])
+  inspect = verify.inspect
+  monkeypatch.setattr(verify, "inspect", lambda path: [seen.append(path), inspect(path)][1])
   return seen
 
 
 def test_unchanged_files_are_not_decoded_again(paths, monkeypatch):
   root = os.path.dirname(paths[0])
   seen = count_decoded(monkeypatch)
-  unreadable, digest = verify.find_unreadable(paths, root)
-  assert unreadable == {} and sorted(seen) == paths
-  assert verify.find_unreadable(paths, root, digest) == ({}, digest)
+  first = verify.verify(paths, root)
+  digest = first.digest
+  assert first.unreadable == {} and sorted(seen) == paths
+  assert verify.verify(paths, root, digest) == first
   assert len(seen) == 5
   stat = os.stat(paths[0])
   os.utime(paths[0], ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-  _, changed = verify.find_unreadable(paths, root, digest)
+  changed = verify.verify(paths, root, digest).digest
   assert len(seen) == 10 and changed != digest
-  _, fewer = verify.find_unreadable(paths[1:], root, changed)
+  fewer = verify.verify(paths[1:], root, changed).digest
   assert len(seen) == 14 and fewer != changed
+
+
+def test_files_that_passed_other_limits_are_decoded_again(paths, monkeypatch):
+  root = os.path.dirname(paths[0])
+  digest = verify.verify(paths, root).digest
+  seen = count_decoded(monkeypatch)
+  monkeypatch.setattr(images, "MAX_ASPECT", 50)
+  verify.verify(paths, root, digest)
+  assert len(seen) == 5
 
 
 def test_the_digest_does_not_depend_on_where_the_folder_lies(paths, tmp_path):
   root = tmp_path / "data"
-  _, digest = verify.find_unreadable(paths, root)
+  digest = verify.verify(paths, root).digest
   root.rename(tmp_path / "moved")
   moved = [str(tmp_path / "moved" / os.path.basename(path)) for path in paths]
-  assert verify.find_unreadable(moved, tmp_path / "moved")[1] == digest
+  assert verify.verify(moved, tmp_path / "moved").digest == digest
 
 
 def test_while_a_file_is_unreadable_all_are_looked_at_again(paths, monkeypatch):
   root = os.path.dirname(paths[0])
   for i in (3, 1):
     open(paths[i], "wb").close()
-  unreadable, digest = verify.find_unreadable(paths, root)
+  found = verify.verify(paths, root)
+  unreadable, digest = found.unreadable, found.digest
   assert unreadable == {paths[1]: "empty", paths[3]: "empty"}
   assert list(unreadable) == [paths[1], paths[3]]
   seen = count_decoded(monkeypatch)
-  verify.find_unreadable(paths, root, digest)
+  verify.verify(paths, root, digest)
   assert len(seen) == 5

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.demo import captions, drawing, generate
 
 SMALL = {
@@ -191,7 +192,7 @@ def test_ceilings_written_are_those_of_the_files(root):
 def test_an_existing_data_set_is_used_and_another_one_refused(root):
   before = {p: p.stat().st_mtime_ns for p in root.rglob("*")}
   assert generate.generate(root, seed=3, **SMALL) == _read(root / "demo.json")
-  with pytest.raises(FileExistsError, match=r"seed 3 \(wanted 5\).*another folder"):
+  with pytest.raises(UserError, match=r"seed 3 \(wanted 5\).*another folder"):
     generate.generate(root, seed=5, **SMALL)
   assert {p: p.stat().st_mtime_ns for p in root.rglob("*")} == before
 
@@ -199,9 +200,13 @@ def test_an_existing_data_set_is_used_and_another_one_refused(root):
 def test_a_foreign_folder_is_refused_and_an_empty_one_filled(tmp_path):
   (tmp_path / "photos").mkdir()
   (tmp_path / "photos" / "mine.txt").write_text("keep")
-  with pytest.raises(FileExistsError, match="photos: exists and is not a demo data set"):
+  with pytest.raises(UserError, match="photos: exists and is not a demo data set"):
     generate.generate(tmp_path / "photos", **SMALL)
   assert (tmp_path / "photos" / "mine.txt").read_text() == "keep"
+  for content in ("[" * 100_000, "[]", '{"parameters": [1]}'):
+    (tmp_path / "photos" / "demo.json").write_text(content)
+    with pytest.raises(UserError, match="photos: exists and is not a demo data set"):
+      generate.generate(tmp_path / "photos", **SMALL)
   (tmp_path / "empty").mkdir()
   generate.generate(tmp_path / "empty", **{**SMALL, "categories": ("shirt",)})
   assert (tmp_path / "empty" / "demo.json").exists()

@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.readers import fashion200k
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
@@ -198,15 +199,15 @@ def test_every_process_and_a_resumed_run_read_the_same_draws(data):
 
 
 def test_missing_folders_and_files_are_named(root, tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere: no such folder; expected a Fashion200k"):
+  with pytest.raises(UserError, match="nowhere: no such folder; expected a Fashion200k"):
     fashion200k.read(tmp_path / "nowhere")
   (root / "test_queries.txt").unlink()
   for path in (root / "labels").glob("*train*"):
     path.unlink()
-  with pytest.raises(ValueError, match=r"(?s)labels/\*train\*.*test_queries\.txt: no such file"):
+  with pytest.raises(UserError, match=r"(?s)labels/\*train\*.*test_queries\.txt: no such file"):
     fashion200k.read(root, on_missing="skip")
   shutil.rmtree(root / "labels")
-  with pytest.raises(ValueError, match="labels: cannot be listed"):
+  with pytest.raises(UserError, match="labels: cannot be listed"):
     fashion200k.read(root)
 
 
@@ -220,19 +221,19 @@ def test_missing_folders_and_files_are_named(root, tmp_path):
     ("women/../../x.jpeg\t0.9\tred dress", "leads outside the data folder"),
   ],
 )
-def test_bad_label_lines_are_told_with_their_number_and_can_be_skipped(root, line, message):
+def test_bad_label_lines_are_named_with_their_number_and_can_be_skipped(root, line, message):
   replace_line(root, LABELS, 2, line)
-  with pytest.raises(ValueError, match=f"(?s){LABELS}, line 2: .*{message}"):
+  with pytest.raises(UserError, match=f"(?s){LABELS}, line 2: .*{message}"):
     fashion200k.read(root)
   data = fashion200k.read(root, on_missing="skip")
   assert len(data.train.triplets) == 14
   assert (data.skipped["train"]["triplets"], data.skipped["train"]["of_triplets"]) == (1, 15)
 
 
-def test_queries_of_unknown_images_and_of_another_shape_are_told(root):
+def test_queries_of_unknown_images_and_of_another_shape_are_named(root):
   replace_line(root, "test_queries.txt", 1, "women/unknown.jpeg women/dresses/gowns/302/302_0.jpeg")
   replace_line(root, "test_queries.txt", 2, "women/dresses/gowns/302/302_0.jpeg")
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     fashion200k.read(root)
   assert "test_queries.txt, line 1: women/unknown.jpeg not in the labels of test" in str(
     error.value
@@ -252,7 +253,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(root, spoil):
     path.unlink()
     if spoil != "missing":
       path.write_bytes(content[: 0 if spoil == "empty" else len(content) // 2])
-  with pytest.raises(ValueError, match=r"(?s)101_0\.jpeg.*302_0\.jpeg"):
+  with pytest.raises(UserError, match=r"(?s)101_0\.jpeg.*302_0\.jpeg"):
     fashion200k.read(root)
   data = fashion200k.read(root, on_missing="skip")
   assert len(data.train.triplets) == len(data.train.image_paths) == 14
@@ -288,5 +289,5 @@ def test_captions_without_pairs_end_the_reading(root):
     path.unlink()
   line = "women/dresses/gowns/106/106_0.jpeg\t0.3\tunique gown\n"
   (root / "labels/one_train.txt").write_text(line)
-  with pytest.raises(ValueError, match="no two captions differ in one word"):
+  with pytest.raises(UserError, match="no two captions differ in one word"):
     fashion200k.read(root, on_missing="skip")

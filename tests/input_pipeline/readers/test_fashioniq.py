@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.readers import annotations, fashioniq
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
@@ -202,7 +203,7 @@ def test_root_may_end_in_a_slash():
 
 
 def test_missing_root_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+  with pytest.raises(UserError, match="nowhere: no such folder"):
     fashioniq.read(tmp_path / "nowhere", "dress")
 
 
@@ -215,11 +216,11 @@ def test_missing_root_is_named(tmp_path):
   ],
 )
 def test_unknown_choices_are_refused(choice, message):
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     fashioniq.read(MINI, **{"category": "dress", **choice})
 
 
-def test_an_id_that_a_list_repeats_counts_once_and_is_told(root):
+def test_an_id_that_a_list_repeats_counts_once_and_is_remarked(root):
   path = root / "image_splits" / "split.shirt.val.json"
   plain = fashioniq.read(root, "shirt")
   write_json(path, [*read_json(path), *read_json(path)[:2]])
@@ -235,7 +236,7 @@ def test_ids_cannot_lead_out_of_the_folder(root):
   path = root / "image_splits" / "split.shirt.val.json"
   for image_id in ("../../../x", str(outside.with_suffix(""))):
     write_json(path, [*read_json(path), image_id])
-    with pytest.raises(ValueError, match="image has no file|images have no file"):
+    with pytest.raises(UserError, match="image has no file|images have no file"):
       fashioniq.read(root, "shirt")
 
 

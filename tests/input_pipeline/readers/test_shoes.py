@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.readers import shoes
 
 GOLDENS = pathlib.Path(__file__).parents[2] / "goldens"
@@ -82,14 +83,14 @@ def test_a_pair_of_an_image_with_itself_comes_once_in_either_way():
 def test_evaluation_reads_no_train_list(root):
   (root / "train_im_names.txt").unlink()
   assert shoes.read(root, train=False).train is None
-  with pytest.raises(ValueError, match=r"train_im_names\.txt: no such file"):
+  with pytest.raises(UserError, match=r"train_im_names\.txt: no such file"):
     shoes.read(root)
 
 
 def test_missing_root_and_unknown_choices_are_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"nowhere: no such folder; expected a Shoes folder"):
+  with pytest.raises(UserError, match=r"nowhere: no such folder; expected a Shoes folder"):
     shoes.read(tmp_path / "nowhere")
-  with pytest.raises(ValueError, match=r"data\.shoes_pairs: expected one of .*'doubled'"):
+  with pytest.raises(UserError, match=r"data\.shoes_pairs: expected one of .*'doubled'"):
     shoes.read(MINI, "doubled")
 
 
@@ -115,13 +116,13 @@ def test_line_ends_blank_lines_and_repeated_names_do_not_change_the_splits(root)
 )
 def test_annotation_files_of_another_shape_end_the_reading(root, content, message):
   (root / CAPTIONS).write_text(content)
-  with pytest.raises(ValueError, match=message):
+  with pytest.raises(UserError, match=message):
     shoes.read(root, on_missing="skip")
 
 
-def test_malformed_pairs_are_told_with_their_item_and_can_be_skipped(root):
+def test_malformed_pairs_are_named_with_their_item_and_can_be_skipped(root):
   edit(root, lambda items: items[1].pop("ImageName"))
-  with pytest.raises(ValueError, match=f"{CAPTIONS}, item 1: expected an object with strings"):
+  with pytest.raises(UserError, match=f"{CAPTIONS}, item 1: expected an object with strings"):
     shoes.read(root)
   data = shoes.read(root, on_missing="skip")
   assert data.skipped["train"]["entries_malformed"] == 1
@@ -135,7 +136,7 @@ def test_images_that_cannot_be_read_are_left_out_and_counted(root, spoil):
   path.unlink()
   if spoil != "missing":
     path.write_bytes(content[: 0 if spoil == "empty" else len(content) // 2])
-  with pytest.raises(ValueError, match="img_womens_sneakers_8"):
+  with pytest.raises(UserError, match="img_womens_sneakers_8"):
     shoes.read(root)
   data = shoes.read(root, on_missing="skip")
   counts = data.skipped["val"]["shoes"]
@@ -162,6 +163,6 @@ def test_names_cannot_lead_out_of_the_folder(root):
   for name in ("../x.jpg", str(outside)):
     with (root / "eval_im_names.txt").open("a") as f:
       f.write(f"\n{name}")
-    with pytest.raises(ValueError, match=r"1 image has no file|2 images have no file"):
+    with pytest.raises(UserError, match=r"1 image has no file|2 images have no file"):
       shoes.read(root)
   assert shoes.read(root, on_missing="skip").skipped["val"]["shoes"]["eval_list"] == 2

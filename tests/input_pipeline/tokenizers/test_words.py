@@ -8,6 +8,7 @@ import zlib
 import numpy as np
 import pytest
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import (
   AND,
   BOS,
@@ -163,6 +164,7 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
   ("content", "message"),
   [
     ("{", "not valid JSON"),
+    ("[" * 100_000, "not valid JSON"),
     ("[]", "expected an object with keys .*found list"),
     ('{"words": []}', r"expected an object with keys .*found \['words'\]"),
     ('{"markers": "tokens", "max_words": 8, "words": [1]}', "list of strings"),
@@ -180,14 +182,32 @@ def test_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
 def test_broken_file_is_named_with_what_is_wrong(tmp_path, content, message):
   path = tmp_path / "vocab.json"
   path.write_text(content)
-  with pytest.raises(ValueError, match=message) as error:
+  with pytest.raises(UserError, match=message) as error:
     Vocabulary.load(path)
   assert str(path) in str(error.value)
 
 
 def test_absent_file_is_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match=r"vocab\.json: no such file"):
+  with pytest.raises(UserError, match=r"vocab\.json: no such file"):
     Vocabulary.load(tmp_path / "vocab.json")
+
+
+def test_swapped_words_are_refused_and_files_without_a_checksum_are_not(tmp_path):
+  path = tmp_path / "vocab.json"
+  vocabulary = small()
+  vocabulary.save(path)
+  content = json.loads(path.read_text())
+  words = content["words"]
+  swapped = [*words[:-2], words[-1], words[-2]]
+  for change in ({"words": swapped}, {"max_words": 9}, {"checksum": "0"}):
+    path.write_text(json.dumps(content | change))
+    with pytest.raises(UserError, match=r"vocab\.json: its content is not what its checksum says"):
+      Vocabulary.load(path)
+  path.write_text(json.dumps(content, indent=3))
+  assert Vocabulary.load(path) == vocabulary
+  del content["checksum"]
+  path.write_text(json.dumps(content))
+  assert Vocabulary.load(path) == vocabulary
 
 
 @pytest.mark.parametrize("texts", ["is blue", ()])
