@@ -124,6 +124,7 @@ def our_batches(split: TrainSplit, augmentation: str = "random_crop_flip"):
     batch_size=_BATCH,
     image_size=_CROP,
     resize=_RESIZE,
+    interpolation="bilinear",
     augmentation=augmentation,
     seed=0,
     num_steps=len(split.triplets) // _BATCH * _EPOCHS.value,

@@ -98,7 +98,11 @@ def cases(
   }
   attention = encoder.attention(variables, split, shown.attended, vocabulary)
   return dataclasses.replace(
-    shown, top=top, attention=attention, attention_notes=encoder.method.attention_notes
+    shown,
+    top=top,
+    attention=attention,
+    attention_notes=encoder.method.attention_notes,
+    interpolation=encoder.method.preprocessing.interpolation,
   )
 
 

@@ -245,6 +245,7 @@ class Training:
       image_size=data.image_size,
       resize=data.resize,
       augmentation=data.augment,
+      interpolation=self.method.preprocessing.interpolation,
       seed=self.config.seed,
       start_step=start,
       num_steps=self.plan.total_steps,

@@ -149,14 +149,15 @@ def mend(reason: str) -> str | None:
   return MEND.get(reason.partition(":")[0])
 
 
-def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
-  """Scales an image so that its shorter side has `size` pixels (antialiased bilinear).
+def resize_short_side(image: np.ndarray, size: int, interpolation: str = "bilinear") -> np.ndarray:
+  """Scales an image so that its shorter side has `size` pixels, antialiased.
 
   The other side is size * long / short, truncated. An image that already fits is returned as is.
 
   Args:
     image: [h, w, 3] uint8.
     size: length of the shorter side in pixels.
+    interpolation: 'bilinear', as the PyTorch release does it, or 'bicubic'.
 
   Returns:
     [h', w', 3] uint8 with min(h', w') = size.
@@ -167,7 +168,8 @@ def resize_short_side(image: np.ndarray, size: int) -> np.ndarray:
     return image
   other = int(size * long / short)
   new_width, new_height = (size, other) if width <= height else (other, size)
-  resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BILINEAR)
+  filter_ = Image.Resampling[interpolation.upper()]
+  resized = Image.fromarray(image).resize((new_width, new_height), filter_)
   return np.asarray(resized)
 
 

@@ -82,6 +82,7 @@ def train_batches(
   image_size: int,
   resize: int,
   augmentation: str,
+  interpolation: str,
   seed: int,
   num_steps: int,
   start_step: int = 0,
@@ -101,6 +102,7 @@ def train_batches(
     image_size: side S of the crop in pixels.
     resize: shorter side before cropping, in pixels; at least image_size.
     augmentation: "random_crop_flip" (reference and target independently) or "none" (central crop).
+    interpolation: with which images are resized, see `images.resize_short_side`.
     seed: of order, augmentation and the drawing of triplets, 0 or greater.
     num_steps: steps of the whole run; num_steps - start_step batches come.
     start_step: first step, counted from 0. Earlier batches cost nothing.
@@ -128,7 +130,7 @@ def train_batches(
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
-  read = _reader(split.image_paths, resize, cache_images, split.store)
+  read = _reader(split.image_paths, resize, interpolation, cache_images, split.store)
 
   @functools.lru_cache(maxsize=1)
   def encoded(triplets):
@@ -197,6 +199,7 @@ def eval_image_batches(
   batch_size: int,
   image_size: int,
   resize: int,
+  interpolation: str,
   store: ImageStore | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -210,6 +213,7 @@ def eval_image_batches(
     batch_size: of the global batch, over all processes.
     image_size: side S of the crop in pixels.
     resize: shorter side before cropping, in pixels; at least image_size.
+    interpolation: as in `train_batches`.
     store: where to read the images; None decodes the files.
     process_index: of this process.
     process_count: number of processes.
@@ -229,7 +233,7 @@ def eval_image_batches(
   rows = np.full(n_batches * batch_size, _PADDING, np.int32)
   rows[: len(paths)] = np.arange(len(paths))
   local_rows = rows.reshape(n_batches, batch_size)[:, local].ravel()
-  read = _reader(paths, resize, keep=False, store=store)
+  read = _reader(paths, resize, interpolation, keep=False, store=store)
 
   def load(chunk_rows):
     loaded = np.zeros((len(chunk_rows), image_size, image_size, 3), np.uint8)
@@ -295,14 +299,14 @@ def _local_slice(batch_size: int, process_index: int, process_count: int) -> sli
 
 
 def _reader(
-  paths: Sequence[str], resize: int, keep: bool, store: ImageStore | None
+  paths: Sequence[str], resize: int, interpolation: str, keep: bool, store: ImageStore | None
 ) -> Callable[[int], np.ndarray]:
   """row -> image [h, w, 3] uint8 with its shorter side resized."""
 
   def read(row):
     if store is not None:
       return store.read(paths[row])
-    return images.resize_short_side(images.decode(paths[row]), resize)
+    return images.resize_short_side(images.decode(paths[row]), resize, interpolation)
 
   # Two threads may decode the same image at the same time; the cache then keeps either.
   return functools.cache(read) if keep else read

@@ -5,6 +5,7 @@ import ml_collections
 from crn_jax.errors import UserError
 from crn_jax.methods import crn
 from crn_jax.methods.base import Method
+from crn_jax.models.backbones import registry as backbones
 
 METHODS: dict[str, type[Method]] = {"crn": crn.CRN}
 
@@ -24,4 +25,5 @@ def create(
   """
   if config.method not in METHODS:
     raise UserError(f"method: unknown {config.method!r}; choose one of {', '.join(METHODS)}")
+  backbones.check_prepared(config)
   return METHODS[config.method](config, vocab_size, axis_name)

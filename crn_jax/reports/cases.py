@@ -11,6 +11,7 @@ from crn_jax.input_pipeline.dataset import EvalSplit
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, UNK, Vocabulary
 from crn_jax.reports.pictures.attention import AttentionRow, Word
 from crn_jax.reports.pictures.grid import GridRow
+from crn_jax.retrieval.metrics import UNRANKED
 
 # Words that name nothing in an image. What negates or compares ("no", "more") is content.
 STOP_WORDS = frozenset((
@@ -60,12 +61,13 @@ class Cases:
   Attributes:
     split: images and queries.
     protocol: names the gallery.
-    ranks: [queries] int, 0-based rank of every query's target in it.
+    ranks: [queries] int, 0-based rank of every query's target in it, or `UNRANKED`.
     groups: "all", "found", "missed" -> rows of `split.queries`, those of the retrieval grids.
     attended: rows of `split.queries`, those of the picture of attention.
     top: row of the groups -> (gallery position, score) of its first `TOP` images, best first.
     attention: part of the model -> [attended, words, h, w]; empty if the method has none.
     attention_notes: see `Method`.
+    interpolation: with which the model's pictures are resized.
   """
 
   split: EvalSplit
@@ -76,6 +78,7 @@ class Cases:
   top: Mapping[int, Sequence[tuple[int, float]]] = dataclasses.field(default_factory=dict)
   attention: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   attention_notes: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
+  interpolation: str = "bilinear"
 
   @classmethod
   def choose(cls, split: EvalSplit, protocol: str, ranks: np.ndarray) -> "Cases":
@@ -97,7 +100,6 @@ class Cases:
     """Rows of a group's retrieval grid."""
     split, gallery = self.split, self.split.galleries[self.protocol]
     labels, target = split.labels[gallery], split.target_labels
-    in_gallery = np.isin(target, labels)
     rows = []
     for query in self.groups[group]:
       top = self.top[int(query)]
@@ -109,7 +111,7 @@ class Cases:
           top=tuple((split.image_paths[gallery[position]], score) for position, score in top),
           target=split.image_paths[split.queries.target[query]],
           target_position=hits[0] if hits else None,
-          rank=int(self.ranks[query]) if in_gallery[query] else None,
+          rank=int(self.ranks[query]) if self.ranks[query] != UNRANKED else None,
         )
       )
     return rows
@@ -124,16 +126,17 @@ class Cases:
       config: the whole configuration.
     """
     split, data = self.split, config.data
-    in_gallery = np.isin(split.target_labels, split.labels[split.galleries[self.protocol]])
     rows = []
     for i, query in enumerate(self.attended):
       words = shown_words(split.queries.texts[query], table)
       if not config.model.mask_padding:  # There padding acts like words.
         words += [Word("PAD", "padding")] * (table.max_words - len(words))
       picture = images.decode(split.image_paths[split.queries.reference[query]])
-      picture = images.center_crop(images.resize_short_side(picture, data.resize), data.image_size)
+      picture = images.center_crop(
+        images.resize_short_side(picture, data.resize, self.interpolation), data.image_size
+      )
       rank = self.ranks[query]
-      outcome = f"target at rank {rank + 1}" if in_gallery[query] else "target not in the gallery"
+      outcome = "target not ranked" if rank == UNRANKED else f"target at rank {rank + 1}"
       rows.append(
         AttentionRow(
           reference=picture,

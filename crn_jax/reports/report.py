@@ -203,7 +203,7 @@ def _grids(folder, shown: Cases, results: Results) -> list[page.Figure]:
 def _spoken(shown: Cases, group: str) -> tuple[str, ...]:
   """The rows of a grid in words, to be searched and read aloud."""
   return tuple(
-    f"{row.text}: target {'not in the gallery' if row.rank is None else f'at rank {row.rank + 1}'}"
+    f"{row.text}: target {'not ranked' if row.rank is None else f'at rank {row.rank + 1}'}"
     for row in shown.grid_rows(group)
   )
 

@@ -99,7 +99,10 @@ class Encoder:
     vectors = ranking.empty_features(n_images, width)
     composed = np.zeros((len(split.queries), width), np.float32)
     text_only = np.zeros_like(composed)
-    progress = tqdm.tqdm(total=n_images, desc=f"encode {split.name}", unit="image", leave=False)
+    progress = tqdm.tqdm(
+      total=n_images, desc=f"encode {split.name}", unit="image", leave=False,
+      disable=None,  # A log file needs no animation.
+    )  # fmt: skip
     for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
       references, image_vectors = self.encode_images(variables, placed)
       rows = slice(i * batch, min((i + 1) * batch, n_images))
@@ -154,6 +157,7 @@ class Encoder:
       batch_size=config.eval.batch_size,
       image_size=data.image_size,
       resize=data.resize,
+      interpolation=self.method.preprocessing.interpolation,
       store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),

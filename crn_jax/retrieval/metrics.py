@@ -4,13 +4,17 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+# Rank of a target that is not ranked, because it is outside the gallery or excluded: a miss at
+# every cut-off, however small the gallery.
+UNRANKED = np.iinfo(np.int64).max
+
 
 def recall_at_k(ranks: np.ndarray, ks: Iterable[int]) -> dict[int, float]:
   """Share of queries whose target is among the first k of their ranking.
 
   Args:
-    ranks: [q] int, 0-based rank of the target, as from `target_ranks`.
-    ks: cut-offs, e.g. (1, 10, 50). A target that is not in the gallery is a miss only up to k = g.
+    ranks: [q] int, 0-based rank of the target, or `UNRANKED`, as from `target_ranks`.
+    ks: cut-offs, e.g. (1, 10, 50).
 
   Returns:
     {k: percent in [0, 100]} of all queries.

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crn_jax.retrieval.metrics import UNRANKED
+
 Array = jax.Array | np.ndarray
 
 # What the release writes over the score of a query's own reference image.
@@ -64,8 +66,8 @@ def target_ranks(
       block is padded.
 
   Returns:
-    [q] int64, 0-based. A target that is not in the gallery gets g, a miss at every cut-off up to g.
-    A target that is itself excluded scores EXCLUDED_SCORE, hence g - 1: behind all others.
+    [q] int64, 0-based; `metrics.UNRANKED` where no target is in the gallery, or where the only one
+    is itself excluded.
 
   Raises:
     ValueError: wrong shapes, an empty gallery, positions outside the gallery, or features that are
@@ -84,7 +86,7 @@ def target_ranks(
   for rows, (block, t, e) in _blocks((queries, target, exclude), block_size):
     found = _rank_block(block, gallery, targets_of(t), e)
     ranks[rows] = np.asarray(found)[: rows.stop - rows.start]
-  return ranks
+  return np.where(ranks < 0, UNRANKED, ranks)
 
 
 def top_k(
@@ -133,10 +135,10 @@ def _rank_block(queries, gallery, targets, exclude):
   # Taken from the same product as all others: a dot product of its own could differ in the last bit
   # and put the target before or behind itself.
   target_scores = jnp.take_along_axis(scores, jnp.maximum(targets, 0), axis=1)  # (block, m)
-  target_scores = jnp.where(targets == exclude, EXCLUDED_SCORE, target_scores)
-  target_scores = jnp.where(targets < 0, -jnp.inf, target_scores)
+  ranked = (targets >= 0) & (targets != exclude)
+  target_scores = jnp.where(ranked, target_scores, -jnp.inf)
   best = jnp.max(target_scores, axis=1, keepdims=True)
-  is_best = (target_scores == best) & (targets >= 0)
+  is_best = (target_scores == best) & ranked
   first = jnp.min(jnp.where(is_best, targets, n_gallery), axis=1, keepdims=True)
 
   def count(i, rank):
@@ -151,7 +153,7 @@ def _rank_block(queries, gallery, targets, exclude):
   # By pieces, as XLA would store what a sum runs over in a second array of the size of `scores`.
   width = min(_COUNT_WIDTH, n_gallery)
   rank = jax.lax.fori_loop(0, -(-n_gallery // width), count, jnp.zeros(len(queries), jnp.int32))
-  return jnp.where(first[:, 0] == n_gallery, n_gallery, rank)
+  return jnp.where(first[:, 0] == n_gallery, -1, rank)
 
 
 @functools.partial(jax.jit, static_argnames="k")

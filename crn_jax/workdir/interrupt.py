@@ -1,5 +1,7 @@
 """SIGINT and SIGTERM: noted, so that the loop can save before it leaves."""
 
+import contextlib
+import os
 import signal
 
 
@@ -42,11 +44,13 @@ class Interruption:
   def _note(self, number: int, frame) -> None:
     del frame
     self.signal = number
-    print(
-      f"\n{signal.Signals(number).name}: saving after this step or evaluation; again to leave "
-      "without saving",
-      flush=True,
-    )
+    # Not by print: in the middle of another print it raises.
+    name = signal.Signals(number).name
+    with contextlib.suppress(OSError):
+      os.write(
+        1,
+        f"\n{name}: saving after this step or evaluation; again to leave without saving\n".encode(),
+      )
     self._restore()
 
   def _restore(self) -> None:

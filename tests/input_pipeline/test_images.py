@@ -368,3 +368,10 @@ def test_damaged_file_is_named(tmp_path, extension, keep):
 def test_absent_file_is_named(tmp_path):
   with pytest.raises(FileNotFoundError, match="absent.jpg"):
     images.decode(tmp_path / "absent.jpg")
+
+
+def test_bicubic_is_pillows():
+  image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), np.uint8)
+  expected = Image.fromarray(image).resize((15, 20), Image.Resampling.BICUBIC)
+  np.testing.assert_array_equal(images.resize_short_side(image, 15, "bicubic"), expected)
+  assert (images.resize_short_side(image, 15) != np.asarray(expected)).any()

@@ -26,6 +26,7 @@ SETTINGS = {
   "image_size": 12,
   "resize": 16,
   "augmentation": "random_crop_flip",
+  "interpolation": "bilinear",
   "seed": 3,
   "num_steps": 7,
 }
@@ -229,7 +230,11 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
   with pytest.raises(FileNotFoundError, match="absent.jpg"):
     list(
       loader.eval_image_batches(
-        [str(tmp_path / "absent.jpg")], batch_size=2, image_size=12, resize=16
+        [str(tmp_path / "absent.jpg")],
+        batch_size=2,
+        image_size=12,
+        resize=16,
+        interpolation="bilinear",
       )
     )
 
@@ -242,7 +247,8 @@ from crn_jax.input_pipeline.tokenizers import words
 split = fashioniq.read(sys.argv[1], "dress").train
 vocabulary = words.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(
-  split, vocabulary, batch_size=4, image_size=12, resize=16, augmentation="none", seed=0,
+  split, vocabulary, batch_size=4, image_size=12, resize=16, augmentation="none",
+  interpolation="bilinear", seed=0,
   num_steps=1_000_000)
 next(batches)
 raise RuntimeError("training failed")
@@ -275,7 +281,9 @@ def write_grey_images(folder, n):
 @pytest.mark.parametrize(("n", "n_batches"), [(0, 0), (3, 1), (4, 1), (9, 3)])
 def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
   paths = write_grey_images(tmp_path, n)
-  batches = list(loader.eval_image_batches(paths, batch_size=4, image_size=6, resize=8))
+  batches = list(
+    loader.eval_image_batches(paths, batch_size=4, image_size=6, resize=8, interpolation="bilinear")
+  )
   assert [(b.shape, b.dtype) for b in batches] == [((4, 6, 6, 3), np.uint8)] * n_batches
   levels = [int(level) for b in batches for level in b[:, 0, 0, 0]]
   assert levels == [10 * i for i in range(n)] + [0] * (4 * n_batches - n)
@@ -293,7 +301,9 @@ def test_eval_shards_join_to_the_global_batches(tmp_path):
 
 
 def test_eval_images_are_the_central_crops(split):
-  batches = loader.eval_image_batches(split.image_paths, batch_size=8, image_size=12, resize=16)
+  batches = loader.eval_image_batches(
+    split.image_paths, batch_size=8, image_size=12, resize=16, interpolation="bilinear"
+  )
   for image, path in zip(next(batches), split.image_paths, strict=True):
     resized = images.resize_short_side(images.decode(path), 16)
     np.testing.assert_array_equal(image, images.center_crop(resized, 12))

@@ -50,7 +50,7 @@ def test_results_and_pictures_name_the_protocol(name, tmp_path):
   assert list(summary.protocols) == [protocol]
   assert found.results.captions == "single"
   assert recalls.counts["gallery"] == gallery
-  # Seven images: all targets that are among them are among the first seven.
+  # Seven images: all targets that are among them are among the first seven, the others nowhere.
   assert recalls.percent["R@7"] == {"shoes": 90, "fashion200k": 100}[name]
   sentence = f"{protocol} ranks {registry.protocols()[protocol]}."
   assert sentence in tables.results_as_text(found.results)

@@ -38,6 +38,7 @@ def batches(dataset):
       batch_size=2,
       image_size=24,
       resize=32,
+      interpolation="bilinear",
       augmentation="random_crop_flip",
       seed=1,
       num_steps=3,
@@ -61,11 +62,16 @@ def test_batches_are_those_of_the_plain_folder(dress, monkeypatch):
       np.testing.assert_array_equal(ours[key], value)
   (val,) = dataset.evals
   (first, *_) = loader.eval_image_batches(
-    val.image_paths, batch_size=4, image_size=24, resize=32, store=val.store
+    val.image_paths,
+    batch_size=4,
+    image_size=24,
+    resize=32,
+    interpolation="bilinear",
+    store=val.store,
   )
   monkeypatch.undo()
   (expected, *_) = loader.eval_image_batches(
-    val.image_paths, batch_size=4, image_size=24, resize=32
+    val.image_paths, batch_size=4, image_size=24, resize=32, interpolation="bilinear"
   )
   np.testing.assert_array_equal(first, expected)
 

@@ -10,6 +10,7 @@ from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import cases
 from crn_jax.reports.pictures.attention import Word
 from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.metrics import UNRANKED
 from tests import made_up, tiny_model
 
 
@@ -141,14 +142,12 @@ def attended(split, ranks, chosen, attention) -> cases.Cases:
 
 
 class TestAttentionRows:
-  def rows(self, tmp_path, config, chosen=(0, 1), gallery=None):
+  def rows(self, tmp_path, config, chosen=(0, 1), last=40):
     split = made_up.split(tmp_path)
-    if gallery is not None:
-      split.galleries["val_split"] = gallery
     table = made_up.vocabulary(config)
     weights = made_up.Encoder(config).attention(None, split, chosen, table)
     ranks = np.full(len(split.queries), 3)
-    ranks[1] = 40
+    ranks[1] = last
     shown = attended(split, ranks, chosen, weights)
     return weights, shown.attention_rows(table, config)
 
@@ -178,9 +177,9 @@ class TestAttentionRows:
     assert second.outcome == "missed: target at rank 41"
     assert second.text == "is red"
 
-  def test_a_target_outside_the_gallery_is_said(self, tmp_path):
-    _, rows = self.rows(tmp_path, made_up.config(), chosen=(1,), gallery=np.arange(5))
-    assert rows[0].outcome == "missed: target not in the gallery"
+  def test_a_target_that_is_not_ranked_is_said_to_be(self, tmp_path):
+    _, rows = self.rows(tmp_path, made_up.config(), chosen=(1,), last=UNRANKED)
+    assert rows[0].outcome == "missed: target not ranked"
 
   def test_the_picture_is_the_crop_that_the_model_sees(self, tmp_path):
     _, rows = self.rows(tmp_path, made_up.config())

@@ -31,14 +31,14 @@ def golden():
 
 def stable_ranks(scores, target, exclude):
   """The definition, by sorting: [q, g] scores -> [q] ranks."""
-  n_gallery = scores.shape[1]
   scores = scores.copy()
   ranks = []
   for row, t, e in zip(scores, target, exclude, strict=True):
     if e >= 0:
       row[e] = ranking.EXCLUDED_SCORE
     order = np.argsort(-row, kind="stable")
-    ranks.append(n_gallery if t < 0 else int(np.flatnonzero(order == t)[0]))
+    unranked = t < 0 or t == e
+    ranks.append(metrics.UNRANKED if unranked else int(np.flatnonzero(order == t)[0]))
   return np.array(ranks)
 
 
@@ -83,7 +83,7 @@ class TestGoldens:
     present = golden["target"] >= 0
     positions = np.argmax(golden["ranking"] == golden["target"][:, None], axis=1)
     np.testing.assert_array_equal(ranks[present], positions[present])
-    assert (ranks[~present] == len(golden["gallery"])).all()
+    assert (ranks[~present] == metrics.UNRANKED).all()
 
 
 class TestTargetRanks:
@@ -105,12 +105,12 @@ class TestTargetRanks:
     assert self.rank(2, exclude=1) == 0
     assert self.rank(2, exclude=0) == 1
 
-  def test_an_excluded_target_comes_last(self):
-    assert self.rank(1, exclude=1) == 3
-
-  def test_an_absent_target_comes_behind_the_gallery(self):
-    assert self.rank(-1) == 4
-    assert self.rank(-1, exclude=1) == 4
+  @pytest.mark.parametrize(("target", "exclude"), [(1, 1), (-1, -1), (-1, 1)])
+  def test_a_target_that_is_not_ranked_is_a_miss_at_every_cut_off(self, target, exclude):
+    """Excluded, or outside the gallery; also where all of the gallery is asked for, and more."""
+    rank = self.rank(target, exclude)
+    assert rank == metrics.UNRANKED
+    assert set(metrics.recall_at_k(np.array([rank]), (1, 4, 5, 10**9)).values()) == {0.0}
 
   def test_equal_scores_rank_in_gallery_order(self):
     gallery = np.ones((4, 2), np.float32)
@@ -259,8 +259,8 @@ class TestLabels:
       ranks = stable_ranks(
         np.repeat((gallery @ q)[None], len(positions), 0), positions, [e] * len(positions)
       )
-      expected.append(min(ranks, default=61))
-    assert 61 in expected
+      expected.append(min(ranks, default=metrics.UNRANKED))
+    assert metrics.UNRANKED in expected
     ranks = ranking.target_ranks(queries, gallery, target, exclude, labels=labels, block_size=16)
     np.testing.assert_array_equal(ranks, expected)
 

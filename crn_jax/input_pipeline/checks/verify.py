@@ -67,6 +67,7 @@ def verify(
       unit="image",
       delay=1,
       leave=False,
+      disable=None,  # Where there is no terminal.
     )
     found = dict(zip(paths, found, strict=True))
   unreadable = {path: reason for path, (reason, _) in found.items() if reason}

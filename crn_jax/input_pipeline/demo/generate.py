@@ -208,7 +208,9 @@ def _write_images(folder: pathlib.Path, garments: list[tuple], seed: int, image_
 
   with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     done = pool.map(draw, range(len(garments)))
-    for _ in tqdm.tqdm(done, total=len(garments), desc="drawing the demo", unit="image"):
+    for _ in tqdm.tqdm(
+      done, total=len(garments), desc="drawing the demo", unit="image", disable=None
+    ):
       pass
 
 

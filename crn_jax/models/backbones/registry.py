@@ -64,6 +64,20 @@ def create(
   return named.module(**(named.sizes | changed), dtype=dtype, axis_name=axis_name)
 
 
+def check_prepared(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError if prepared images are not resized as the backbone wants it.
+
+  Args:
+    config: the whole configuration.
+  """
+  wanted = preprocessing(config.model.backbone).interpolation
+  if config.data.prepared and wanted != IMAGENET.interpolation:
+    raise UserError(
+      f"data.prepared: prepared images are resized {IMAGENET.interpolation}, "
+      f"model.backbone.interpolation is {wanted!r}: set data.prepared to ''"
+    )
+
+
 def preprocessing(config: ml_collections.ConfigDict) -> Preprocessing:
   """How pictures are resized and normalised for the backbone.
 

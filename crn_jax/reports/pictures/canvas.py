@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from crn_jax.errors import UserError
+from crn_jax.input_pipeline import images
 from crn_jax.reports import texts
 from crn_jax.reports.pictures import palette
 from crn_jax.workdir import files
@@ -71,9 +73,8 @@ def draw_lines(draw, origin, lines: Sequence[str], font, colour) -> None:
 def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
   """The image, as large as a side x side square allows, centred on a neutral background."""
   try:
-    with Image.open(path) as file:
-      image = _fit(file.convert("RGB"), side)
-  except Exception:  # Pillow's errors have no common base; broken PNGs, for one, are SyntaxErrors.
+    image = _fit(Image.fromarray(images.decode(path)), side)  # As the model sees it.
+  except (UserError, OSError):
     square = Image.new("RGB", (side, side), palette.UNREADABLE)
     draw = ImageDraw.Draw(square)
     draw.text((side / 2, side / 2), "unreadable", fill=palette.INK, font=font, anchor="mm")

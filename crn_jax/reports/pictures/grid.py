@@ -36,7 +36,7 @@ class GridRow:
     target: path of the target image.
     target_position: position of the target in `top`, 0-based; None if it is not there, in which
       case it is drawn on its own.
-    rank: 0-based rank of the target (drawn as rank + 1); None if it is not in the gallery.
+    rank: 0-based rank of the target (drawn as rank + 1); None if it is not ranked.
   """
 
   reference: str | os.PathLike
@@ -155,7 +155,7 @@ def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts
       _draw_caption(draw, x, y, caption, palette.INK, fonts.caption)
   if row.target_position is None:
     sheet.paste(canvas.cell(row.target, CELL, fonts.caption), (columns.missed, y))
-    rank = "not in the gallery" if row.rank is None else f"target: rank {row.rank + 1}"
+    rank = "not ranked" if row.rank is None else f"target: rank {row.rank + 1}"
     _draw_frame(draw, columns.missed, y, palette.VERMILLION, dashed=True)
     _draw_label(draw, columns.missed, y, rank, palette.VERMILLION, fonts.caption)
 

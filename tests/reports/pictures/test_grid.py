@@ -86,9 +86,7 @@ class TestFrames:
     assert len(ruled) == 2
     assert not (picture[ruled] == BLUE).all(axis=-1).any()
 
-  @pytest.mark.parametrize(
-    ("rank", "label"), [(36, "target: rank 37"), (None, "not in the gallery")]
-  )
+  @pytest.mark.parametrize(("rank", "label"), [(36, "target: rank 37"), (None, "not ranked")])
   def test_the_label_counts_from_one(self, image, tmp_path, monkeypatch, rank, label):
     labels = []
     monkeypatch.setattr(grid, "_draw_label", lambda *args: labels.append(args[3]))
