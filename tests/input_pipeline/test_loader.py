@@ -291,7 +291,7 @@ def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
 
 def test_eval_shards_join_to_the_global_batches(tmp_path):
   paths = write_grey_images(tmp_path, 7)
-  sizes = {"batch_size": 4, "image_size": 6, "resize": 8}
+  sizes = {"batch_size": 4, "image_size": 6, "resize": 8, "interpolation": "bilinear"}
   shards = [
     list(loader.eval_image_batches(paths, **sizes, process_index=i, process_count=2))
     for i in range(2)
