@@ -245,3 +245,74 @@ def test_evaluation_does_not_depend_on_the_devices(finished, root, mode, monkeyp
   train.evaluate_run(config, copy, "last")
   expected = json.loads((workdir / "eval.json").read_text())
   assert json.loads((copy / "eval.json").read_text()) == expected
+
+
+def test_a_start_that_failed_does_not_lock_its_folder(root, tmp_path):
+  config = tiny.config(root)
+  config.num_epochs = 1
+  config.batch_size = 1000  # More than there are triplets: found before anything is written.
+  with pytest.raises(UserError, match="batch_size"):
+    train.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+  (tmp_path / "run").mkdir()
+  (tmp_path / "run" / "config.json").write_text("{}")  # As an earlier version left it.
+  config.batch_size = 16
+  train.train(config, tmp_path / "run")
+  assert json.loads((tmp_path / "run" / "eval.json").read_text())["checkpoint_step"] == 2
+
+
+def test_a_run_is_replaced_on_purpose_only(finished, root, tmp_path):
+  workdir, _, _ = finished
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  (copy / "notes.txt").write_text("mine")
+  config = tiny.config(root)
+  config.num_epochs, config.seed = 1, 7
+  with pytest.raises(UserError, match="seed: 599 in the run, 7 now"):
+    train.train(config, copy)
+  train.train(config, copy, overwrite=True)
+  assert json.loads((copy / "config.json").read_text())["seed"] == 7
+  assert [r["step"] for r in history.read_records(copy / "metrics.jsonl")] == [2, 2]
+  with checkpoint.Checkpoints(copy / "checkpoints") as checkpoints:
+    assert checkpoints.steps() == [2]
+  assert (copy / "notes.txt").read_text() == "mine"
+
+
+def test_fields_of_the_evaluation_may_change_when_a_run_is_continued(finished, root, tmp_path):
+  workdir, _, _ = finished
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  config = configured(root)
+  config.eval.best_metric, config.eval.recall_at = "original_split/R@5", (5,)
+  train.train(config, copy)
+  results = json.loads((copy / "eval.json").read_text())
+  assert results["best_metric"] == "original_split/R@5"
+  assert set(results["protocols"]["original_split"]) == {"gallery", "R@5", "intervals"}
+
+
+def test_fewer_epochs_than_are_done_say_so(finished, root):
+  workdir, _, _ = finished
+  config = configured(root)
+  config.num_epochs = 1
+  with pytest.raises(UserError, match="num_epochs = 1 end at step 2; .* is at step 4 already"):
+    train.train(config, workdir)
+
+
+def test_too_little_memory_is_one_line_and_does_not_lock_the_folder(root, tmp_path, monkeypatch):
+  config = tiny.config(root)
+
+  def exhausted(self, *_):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train.Training, "_steps", exhausted)
+    with pytest.raises(UserError, match="out of memory on cpu: .*8 bytes.\nA lower batch_size"):
+      train.train(config, tmp_path / "run")
+  config.num_epochs, config.batch_size = 1, 8
+  train.train(config, tmp_path / "run")
+
+
+def test_a_folder_that_is_none_or_cannot_be_written_is_found_first(root, tmp_path):
+  (tmp_path / "file").touch()
+  with pytest.raises(UserError, match="file: is no folder; choose another --workdir"):
+    train.train(tiny.config(root), tmp_path / "file" / "run")

@@ -1,5 +1,6 @@
 """A real process is killed at random moments, again and again."""
 
+import contextlib
 import os
 import pathlib
 import random
@@ -13,7 +14,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from crn_jax.convert import whole
+from crn_jax.errors import UserError
 from crn_jax.workdir import history
+from crn_jax.workdir.checkpoint import CheckpointReader
 from tests import tiny
 
 pytestmark = pytest.mark.slow
@@ -122,4 +126,30 @@ def test_a_polite_stop_says_how_to_continue_and_changes_nothing(start, undisturb
   process.send_signal(signal.SIGINT)
   assert process.wait() == 128 + signal.SIGINT
   assert start(workdir).wait() == 0
+  assert_same_run(undisturbed, workdir)
+
+
+def test_readers_beside_a_training_change_nothing(start, undisturbed, tmp_path):
+  """Evaluations and exports while checkpoints are written, one a step."""
+  workdir = tmp_path / "run"
+  process = start(workdir)
+  wait_for_steps(process, workdir)
+  read = 0
+  while process.poll() is None:
+    with contextlib.suppress(UserError):  # A checkpoint may be replaced while it is looked at.
+      whole.export(workdir, tmp_path / f"export{read}")
+      read += 1
+    with contextlib.suppress(UserError), CheckpointReader(workdir / "checkpoints") as checkpoints:
+      checkpoints.results(checkpoints.steps()[-1])
+  assert process.returncode == 0
+  assert read > 2
+  assert_same_run(undisturbed, workdir)
+
+
+def test_a_second_training_in_the_folder_is_refused(start, undisturbed, tmp_path):
+  workdir = tmp_path / "run"
+  first = start(workdir)
+  wait_for_steps(first, workdir)
+  assert start(workdir).wait() == 1
+  assert first.wait() == 0
   assert_same_run(undisturbed, workdir)
