@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 from flax import traverse_util
 
-from crn_jax.convert import recognise
+from crn_jax.convert import preprocessing, recognise
 from crn_jax.convert import source as sources
+from crn_jax.errors import UserError
 from crn_jax.workdir import weights
 
 
@@ -23,11 +24,21 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     What was recognised, left out and written, for people to read.
 
   Raises:
-    FileNotFoundError, FileExistsError: no source, or a target that must not be replaced.
-    ValueError: if the source is not readable or not the weights of a backbone.
+    UserError: no source, or a target that must not be replaced; the source is not readable, or not
+      the weights of a backbone.
   """
   check_target(target, force)
-  path, metadata, left_out, variables = _load(source)
+  read = sources.read(source)
+  kind, prefix = recognise.recognise(read.tensors, str(read.path))
+  tensors, left_out = recognise.split(read.tensors, kind.left_out, prefix)
+  arguments, variables = kind.load(kind.rename(tensors), str(read.path))
+  metadata = {
+    "kind": kind.name,
+    "architecture": {"module": kind.module, **arguments},
+    "preprocessing": preprocessing.read(read.path),
+    "source": {"file": read.path.name, "sha256": sources.sha256(read.files)},
+  }
+  del tensors
   # In PyTorch's layout most are views of what was read. One at a time, so that memory holds one of
   # them twice, where Orbax would copy all of them at once.
   flat = traverse_util.flatten_dict(variables)
@@ -36,36 +47,22 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     flat[name] = np.ascontiguousarray(flat[name])
   weights.save_backbone(traverse_util.unflatten_dict(flat), metadata, target, force=force)
   count = sum(x.size for name, x in flat.items() if name[0] == "params")
-  sizes = {k: v for k, v in metadata["architecture"].items() if k != "module"}
   return "\n".join(
     [
-      f"recognised {path}: {metadata['kind']}",
-      *describe_left_out(left_out),
-      f"model.backbone: {', '.join(f'{k} {v}' for k, v in sizes.items())}",
+      f"recognised {read.path}: {kind.name}",
+      *([f"taken from {read.key!r} in the file"] if read.key else []),
+      *([f"removed from the names: {prefix!r}"] if prefix else []),
+      *describe_left_out(read.left_out | left_out),
+      f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
       f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
     ]
   )
 
 
-def _load(source: str | os.PathLike) -> tuple[pathlib.Path, dict, dict[str, str], dict]:
-  """The file, metadata for it, what is left out and why, and the backbone's variables."""
-  read = sources.read(source)
-  kind = recognise.recognise(read.tensors, str(read.path))
-  tensors, left_out = recognise.split(read.tensors, kind.left_out)
-  arguments, variables = kind.load(kind.rename(tensors), str(read.path))
-  metadata = {
-    "kind": kind.name,
-    "architecture": {"module": kind.module, **arguments},
-    "preprocessing": sources.preprocessing(read.path),
-    "source": {"file": read.path.name, "sha256": read.sha256},
-  }
-  return read.path, metadata, read.left_out | left_out, variables
-
-
 def check_target(target: str | os.PathLike, force: bool) -> None:
-  """Raises FileExistsError if a target exists and may not be replaced."""
+  """Raises UserError if a target exists and may not be replaced."""
   if pathlib.Path(target).exists() and not force:
-    raise FileExistsError(f"{target}: exists already; choose another --output or give --force")
+    raise UserError(f"{target}: exists already; choose another --output or give --force")
 
 
 def describe_left_out(left_out: dict[str, str]) -> list[str]:

@@ -12,6 +12,7 @@ import safetensors.numpy
 from configs import default
 from crn_jax import train
 from crn_jax.convert import recognise, release, timm, whole
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, Vocabulary
 from crn_jax.models import crn
 from crn_jax.workdir import checkpoint
@@ -180,18 +181,18 @@ def test_it_is_evaluated_and_trained_further(converted, config, quick_compile):
 
 def test_files_that_do_not_belong_together_are_refused(modules, files, config, tmp_path):
   local = files / "local_model.pt"
-  with pytest.raises(ValueError, match="both are local models"):
+  with pytest.raises(UserError, match="both are local models"):
     whole.convert([local, local], tmp_path / "out", config)
   module = modules["global"]
   words = module.text_model.vocab.word2id
   module.text_model.vocab.word2id = {**words, "new": len(words)}
   torch.save(module, tmp_path / "global.pt")
   module.text_model.vocab.word2id = words
-  with pytest.raises(ValueError, match="different vocabularies"):
+  with pytest.raises(UserError, match="different vocabularies"):
     whole.convert([local, tmp_path / "global.pt"], tmp_path / "out", config)
   (tmp_path / "half").mkdir()
   (tmp_path / "half" / "local_model.pt").write_bytes(local.read_bytes())
-  with pytest.raises(FileNotFoundError, match="global_model.pt: not found; a whole model is two"):
+  with pytest.raises(UserError, match="global_model.pt: not found; a whole model is two"):
     whole.paths_of(str(tmp_path / "half"))
 
 
@@ -202,7 +203,7 @@ def test_missing_tensors_are_named(converted, config, tmp_path):
   del tensors["global_fc.bias"]
   tensors["extra"] = np.zeros(1, np.float32)
   safetensors.numpy.save_file(tensors, path)
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
   assert "missing global_fc.bias" in str(error.value) and "unexpected extra" in str(error.value)
   assert not (tmp_path / "back").exists()
@@ -218,7 +219,7 @@ def test_clvc_net_comes_in_and_goes_out(tmp_path, prefix):
   model = crn.build(config.model, len(WORDS))
   shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), 32, 8))
   rng = np.random.default_rng(0)
-  values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  values = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
   words = {word: i for i, word in enumerate(WORDS)}
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "vocab.json").write_text(json.dumps(words))
