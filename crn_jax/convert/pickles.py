@@ -37,7 +37,7 @@ _DTYPES = {
 }  # fmt: skip
 
 _MODULES = re.compile(
-  r"(model|blocks|text_model|resnet|timm|torch\.nn\.modules|torchvision\.models)(\.\w+)+"
+  r"(model|blocks|text_model|resnet|timm|torch\.nn\.(modules|parallel)|torchvision\.models)(\.\w+)+"
 )
 # What training programs keep beside the weights: numbers of NumPy, settings, paths, histories.
 _HARMLESS = re.compile(

@@ -128,7 +128,7 @@ def _read_shards(index: pathlib.Path) -> Source:
   shards = sorted(set(names.values()))
   if outside := [shard for shard in shards if pathlib.PurePath(shard).name != shard]:
     raise UserError(f"{index}: refused: it names files outside of its folder: {outside[:3]}")
-  if absent := [shard for shard in shards if not (index.parent / shard).exists()]:
+  if absent := [shard for shard in shards if not (index.parent / shard).is_file()]:
     raise UserError(f"{index}: files that it names are not there: {', '.join(absent)}")
   read_ones = {shard: _read_file(index.parent / shard) for shard in shards}
   wrong = [f"{n} ({shard})" for n, shard in names.items() if n not in read_ones[shard].tensors]
