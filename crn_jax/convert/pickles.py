@@ -39,7 +39,8 @@ _DTYPES = {
 _MODULES = re.compile(
   r"(model|blocks|text_model|resnet|timm|torch\.nn\.(modules|parallel)|torchvision\.models)(\.\w+)+"
 )
-# What training programs keep beside the weights: numbers of NumPy, settings, paths, histories.
+# What training programs keep beside the weights: numbers of NumPy, settings, paths, histories; and
+# enumerations in timm's modules.
 _HARMLESS = re.compile(
   r"argparse\.Namespace|_codecs\.encode|collections\.(deque|Counter|defaultdict)"
   r"|builtins\.(frozenset|bytes|bytearray|complex|slice|range|xrange)"
@@ -48,7 +49,7 @@ _HARMLESS = re.compile(
   r"|numeric\._frombuffer)|numpy\.random(\.\w+)+"
   r"|torch\.(Size|device|Tensor|Generator)|torch\.serialization\._get_layout"
   r"|torch\.(optim|utils\.data)(\.\w+)*\.[A-Z]\w*"
-  r"|(omegaconf|ml_collections|easydict|addict|yacs|fvcore|lightning|pytorch_lightning"
+  r"|(timm|omegaconf|ml_collections|easydict|addict|yacs|fvcore|lightning|pytorch_lightning"
   r"|lightning_fabric|mmengine|mmcv|mmdet|transformers|accelerate)(\.\w+)*\.[A-Z]\w*"
 )
 # Names that stand for themselves.
@@ -231,10 +232,10 @@ class Unpickler(pickle.Unpickler):
       return _STAND_INS[wanted]
     if wanted in _STORAGES or _NAMES.fullmatch(wanted):
       return wanted
-    if name.isidentifier() and _MODULES.fullmatch(wanted):
-      return Stub
     if name.isidentifier() and _HARMLESS.fullmatch(wanted):
       return _Harmless
+    if name.isidentifier() and _MODULES.fullmatch(wanted):
+      return Stub
     raise RefusedError(_asks_for(wanted))
 
   def persistent_load(self, pid) -> Storage:
