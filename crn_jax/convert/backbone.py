@@ -50,8 +50,7 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
   return "\n".join(
     [
       f"recognised {read.path}: {kind.name}",
-      *([f"taken from {read.key!r} in the file"] if read.key else []),
-      *([f"removed from the names: {prefix!r}"] if prefix else []),
+      *describe_place(read.key, prefix),
       *describe_left_out(read.left_out | left_out),
       f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
       f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
@@ -63,6 +62,12 @@ def check_target(target: str | os.PathLike, force: bool) -> None:
   """Raises UserError if a target exists and may not be replaced."""
   if pathlib.Path(target).exists() and not force:
     raise UserError(f"{target}: exists already; choose another --output or give --force")
+
+
+def describe_place(key: str, prefix: str) -> list[str]:
+  """Lines that say where in a file the weights were, and what stood before their names."""
+  taken = [f"taken from {key!r} in the file"] if key else []
+  return taken + ([f"removed from the names: {prefix!r}"] if prefix else [])
 
 
 def describe_left_out(left_out: dict[str, str]) -> list[str]:

@@ -20,6 +20,8 @@ _IN_FOLDERS = (
   "pytorch_model.bin", "pytorch_model.bin.index.json",
 )  # fmt: skip
 
+_LARGE = 1 << 30  # Bytes from which on the progress is shown.
+
 # Where training programs keep the weights in a checkpoint; the first that is there is taken.
 _KEYS = ("state_dict", "model", "model_state_dict", "net", "teacher")
 
@@ -77,7 +79,7 @@ def sha256(files: Iterable[pathlib.Path]) -> str:
   total = sum(path.stat().st_size for path in files)
   digest = hashlib.sha256()
   with tqdm.tqdm(
-    total=total, desc="SHA-256", unit="B", unit_scale=True, leave=False, disable=total < 1 << 30
+    total=total, desc="SHA-256", unit="B", unit_scale=True, leave=False, disable=total < _LARGE
   ) as bar:
     for path in files:
       with open(path, "rb") as file:

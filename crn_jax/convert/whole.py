@@ -37,6 +37,7 @@ LEFT_OUT = (
 @dataclasses.dataclass(frozen=True)
 class _Half:
   source: sources.Source
+  prefix: str
   tensors: dict[str, np.ndarray]
   left_out: dict[str, str]
 
@@ -146,6 +147,7 @@ def convert(
   lines = []
   for kind, half in halves.items():
     lines.append(f"recognised {half.source.path}: {kind} model of CRN's PyTorch release")
+    lines += backbone.describe_place(half.source.key, half.prefix)
     lines += backbone.describe_left_out(half.source.left_out | half.left_out)
   return "\n".join(
     [
@@ -218,8 +220,9 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
   halves = {}
   for path in paths:
     source = sources.read(path)
-    kinds = [k for k in crn.BRANCHES if any(n.startswith(f"{k}_fuse.") for n in source.tensors)]
-    kind = kinds[0] if kinds else None
+    # What stands before the names is of a wrapper, e.g. 'module.' of DataParallel.
+    found = re.compile(rf"((?:.*?\.)??)({'|'.join(crn.BRANCHES)})_fuse\..*")
+    prefix, kind = next((m.groups() for m in map(found.fullmatch, source.tensors) if m), ("", None))
     if kind is None:
       raise UserError(
         f"{path}: no model of CRN's PyTorch release: neither local_fuse nor global_fuse in its "
@@ -227,8 +230,9 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
       )
     if kind in halves:
       raise UserError(f"{paths[0]}, {paths[1]}: both are {kind} models")
-    tensors, left_out = recognise.split(_place_backbone(source.tensors), LEFT_OUT)
-    halves[kind] = _Half(source, timm.modern_names(tensors), left_out)
+    tensors, outside = recognise.split(source.tensors, (), prefix)
+    tensors, left_out = recognise.split(_place_backbone(tensors), LEFT_OUT)
+    halves[kind] = _Half(source, prefix, timm.modern_names(tensors), outside | left_out)
   return {kind: halves[kind] for kind in crn.BRANCHES}
 
 
@@ -305,8 +309,10 @@ def _word_ids(half: _Half) -> dict:
       raise UserError(f"{beside}: not found; a state dict needs its words (word -> id)")
     word2id = json.loads(beside.read_text(encoding="utf-8"))
   else:
-    modules = half.source.module.attributes.get("_modules", {})
-    text = modules.get("text_model")
+    module = half.source.module
+    for name in half.prefix.split(".")[:-1]:
+      module = module.attributes["_modules"][name]
+    text = module.attributes["_modules"].get("text_model")
     vocabulary = text.attributes.get("vocab") if isinstance(text, pickles.Stub) else None
     word2id = vocabulary.attributes.get("word2id") if isinstance(vocabulary, pickles.Stub) else None
   if not isinstance(word2id, dict):

@@ -196,6 +196,42 @@ def test_files_that_do_not_belong_together_are_refused(modules, files, config, t
     whole.paths_of(str(tmp_path / "half"))
 
 
+def test_wrapped_models_are_the_same(modules, converted, config, tmp_path):
+  """DataParallel, whole and as a state dict in a checkpoint."""
+  wrapped = {kind: torch.nn.DataParallel(module) for kind, module in modules.items()}
+  words = {word: i for i, word in enumerate(WORDS)}
+  for name, content in (
+    ("whole", wrapped),
+    ("states", {kind: {"net": module.state_dict()} for kind, module in wrapped.items()}),
+  ):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "vocab.json").write_text(json.dumps(words))
+    for kind in crn.BRANCHES:
+      torch.save(content[kind], tmp_path / name / f"{kind}_model.pt")
+    said = whole.convert(whole.paths_of(str(tmp_path / name)), tmp_path / "run", config, force=True)
+    assert said.count("removed from the names: 'module.'") == 2
+    assert said.count("taken from 'net'") == (0 if name == "whole" else 2)
+    whole.export(tmp_path / "run", tmp_path / "out", force=True)
+    whole.export(converted[0], tmp_path / "expected", force=True)
+    for file in ("local_model.safetensors", "global_model.safetensors", "vocab.json"):
+      assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+def test_values_that_are_not_finite_are_named(converted, config, tmp_path):
+  whole.export(converted[0], tmp_path / "out")
+  path = tmp_path / "out" / "global_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  tensors["global_fc.bias"][2] = np.nan
+  variance = next(name for name in tensors if name.endswith("running_var"))
+  tensors[variance][0] = -1
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(UserError) as error:
+    whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
+  assert "global_fc.bias holds 1 of 32 values that are not finite" in str(error.value)
+  assert f"{variance} is a variance, and is negative in 1 places" in str(error.value)
+  assert not (tmp_path / "back").exists()
+
+
 def test_missing_tensors_are_named(converted, config, tmp_path):
   whole.export(converted[0], tmp_path / "out")
   path = tmp_path / "out" / "global_model.safetensors"
