@@ -259,6 +259,7 @@ def _asks_for(wanted: str) -> str:
   )
 
 
+_MAX_INSTRUCTIONS = 4_000_000  # A model of 1,000 tensors has 30,000; one makes up to 200 bytes.
 # Extensions go past `find_class`; no pickler of `torch.save` writes the others.
 _REFUSED = {"EXT1", "EXT2", "EXT4", "PUT", "GET"}
 _PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
@@ -274,7 +275,7 @@ def _check(program: io.BytesIO) -> None:
   """Follows a program without carrying it out, for what would exhaust the unpickler.
 
   Nested tuples as keys take forever to hash, or more stack than there is; large numbers have the
-  same hash; the memo is as long as its largest index.
+  same hash; the memo is as long as its largest index; one instruction makes a whole object.
 
   Raises:
     RefusedError: names the instruction.
@@ -283,13 +284,15 @@ def _check(program: io.BytesIO) -> None:
   stack: list[bool] = []
   memo: dict[int, bool] = {}
   marks: list[int] = []
-  for opcode, argument, position in pickletools.genops(program):
+  for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
     name, taken = opcode.name, opcode.stack_before
     if name in _REFUSED:
       raise RefusedError(f"refused: pickle instruction {name}")
+    if count > _MAX_INSTRUCTIONS:
+      raise RefusedError(f"refused: more than {_MAX_INSTRUCTIONS} pickle instructions")
     if name in _PUTS:
       index = len(memo) if argument is None else argument
-      if index > position:
+      if index > count:
         raise RefusedError(f"refused: pickle instruction {name} with index {index}")
       memo[index] = stack[-1]
     elif name in _GETS:

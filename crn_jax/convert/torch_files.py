@@ -13,7 +13,7 @@ from typing import Any
 from crn_jax.convert import pickles
 from crn_jax.convert.pickles import RefusedError
 
-_MAX_PICKLE = 16 << 20  # Of the program alone, without the weights: usually about 100 kB.
+_MAX_PICKLE = 64 << 20  # Of the program alone, without the weights: usually about 100 kB.
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 

@@ -216,6 +216,7 @@ TRICKS = {
   "object": (b"(cposix\nsystem\no.", r"posix\.system"),
   "extension": (b"\x80\x02\x82\x01.", "instruction"),
   "huge bytearray": (b"\x80\x05\x96" + (1 << 40).to_bytes(8, "little") + b".", "only 1 remain"),
+  "many instructions": (b"\x80\x04(" + b"\x8f" * 5 * 10**6 + b"t.", "more than 4000000"),
   "huge memo": (b"\x80\x02Nr\xff\xff\xff\xff.", "LONG_BINPUT with index 4294967295"),
   "persistent id": (b"X\x01\x00\x00\x00xQ.", "evil.pt"),
   "tuple as key": (b"}))s.", "SETITEM with a tuple"),
