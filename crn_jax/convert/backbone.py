@@ -28,6 +28,21 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
       the weights of a backbone.
   """
   check_target(target, force)
+  said, metadata, flat = _load(source)
+  # In PyTorch's layout most are views of what was read. One at a time, so that memory holds one of
+  # them twice, where Orbax would copy all of them at once; all, so that the file can be let go.
+  for name in flat:
+    flat[name] = np.array(flat[name], order="C")
+  weights.save_backbone(traverse_util.unflatten_dict(flat), metadata, target, force=force)
+  count = sum(x.size for name, x in flat.items() if name[0] == "params")
+  written = (
+    f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}"
+  )
+  return "\n".join([*said, written])
+
+
+def _load(source: str | os.PathLike) -> tuple[list[str], dict, dict[tuple, np.ndarray]]:
+  """What is to be said of a file, metadata for it, and the backbone's flat variables."""
   read = sources.read(source)
   kind, prefix = recognise.recognise(read.tensors, str(read.path))
   tensors, left_out = recognise.split(read.tensors, kind.left_out, prefix)
@@ -38,24 +53,13 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     "preprocessing": preprocessing.read(read.path),
     "source": {"file": read.path.name, "sha256": sources.sha256(read.files)},
   }
-  del tensors
-  # In PyTorch's layout most are views of what was read. One at a time, so that memory holds one of
-  # them twice, where Orbax would copy all of them at once.
-  flat = traverse_util.flatten_dict(variables)
-  del variables
-  for name in flat:
-    flat[name] = np.ascontiguousarray(flat[name])
-  weights.save_backbone(traverse_util.unflatten_dict(flat), metadata, target, force=force)
-  count = sum(x.size for name, x in flat.items() if name[0] == "params")
-  return "\n".join(
-    [
-      f"recognised {read.path}: {kind.name}",
-      *describe_place(read.key, prefix),
-      *describe_left_out(read.left_out | left_out),
-      f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
-      f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
-    ]
-  )
+  said = [
+    f"recognised {read.path}: {kind.name}",
+    *describe_place(read.key, prefix),
+    *describe_left_out(read.left_out | left_out),
+    f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
+  ]
+  return said, metadata, traverse_util.flatten_dict(variables)
 
 
 def check_target(target: str | os.PathLike, force: bool) -> None:

@@ -158,12 +158,13 @@ def test_programs_of_torch_script_are_named(tmp_path):
     torch_files.read(tmp_path / "f.pt")
 
 
-def test_modules_become_stubs_with_the_names_of_their_state_dict(tmp_path):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_modules_become_stubs_with_the_names_of_their_state_dict(legacy, tmp_path):
   module = torch.nn.Sequential(
     torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Sequential(torch.nn.LSTM(4, 2))
   )
   module.register_buffer("transient", torch.ones(1), persistent=False)
-  torch.save(module, tmp_path / "m.pt")
+  torch.save(module, tmp_path / "m.pt", _use_new_zipfile_serialization=not legacy)
   stub = torch_files.read(tmp_path / "m.pt")
   found = torch_files.state_dict(stub)
   expected = module.state_dict()
