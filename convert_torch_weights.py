@@ -11,10 +11,12 @@ A run, to files for the PyTorch release:
 python convert_torch_weights.py --export=runs/mine --output=exported
 """
 
+import os
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax.convert import backbone, hub, whole
+from crn_jax.errors import UserError
 
 _INPUT = flags.DEFINE_string(
   "input", None, "File or folder of weights; of a whole model its folder, or LOCAL,GLOBAL."
@@ -36,24 +38,31 @@ def main(argv):
   if len(given) != 1:
     raise app.UsageError("give one of --input, --hub and --export")
   try:
-    print(_convert())
-  except (ValueError, OSError) as error:
+    print(_convert(_expanded(_INPUT.value), _expanded(_EXPORT.value), _expanded(_OUTPUT.value)))
+  except (UserError, OSError) as error:
     raise SystemExit(f"error: {error}") from error
 
 
-def _convert() -> str:
-  output, force = _OUTPUT.value, _FORCE.value
-  if _EXPORT.value:
-    return whole.export(_EXPORT.value, output, force=force)
+def _expanded(paths: str | None) -> str | None:
+  """Shells leave the ~ of --input=~/a,~/b as it is."""
+  return paths and ",".join(map(os.path.expanduser, paths.split(",")))
+
+
+def _convert(given: str | None, export: str | None, output: str) -> str:
+  from crn_jax.convert import backbone, hub, whole  # JAX takes seconds: not for --help.
+
+  force = _FORCE.value
+  if export:
+    return whole.export(export, output, force=force)
   if _HUB.value:
     backbone.check_target(output, force)
     return backbone.convert(hub.download(_HUB.value), output, force=force)
-  paths = whole.paths_of(_INPUT.value)
+  paths = whole.paths_of(given)
   if paths is None:
-    return backbone.convert(_INPUT.value, output, force=force)
+    return backbone.convert(given, output, force=force)
   if _CONFIG.value is None:
-    raise ValueError(
-      f"{_INPUT.value}: a whole model needs the configuration that it will be used with, e.g. "
+    raise UserError(
+      f"{given}: a whole model needs the configuration that it will be used with, e.g. "
       f"--config=configs/fashioniq_dress.py:crn_released"
     )
   return whole.convert(paths, output, _CONFIG.value, force=force)

@@ -6,9 +6,10 @@ import timm
 import timm.layers
 import timm.models.swin_transformer
 import torch
+import torchvision
 import transformers
 
-__all__ = ["randomize", "timm", "torch", "torch_cpu", "transformers"]
+__all__ = ["randomize", "timm", "torch", "torch_cpu", "torchvision", "transformers"]
 
 
 def randomize(module: torch.nn.Module, seed: int = 0) -> None:

@@ -6,8 +6,9 @@ import pathlib
 import numpy as np
 from flax import traverse_util
 
-from crn_jax.convert import recognise
+from crn_jax.convert import preprocessing, recognise
 from crn_jax.convert import source as sources
+from crn_jax.errors import UserError
 from crn_jax.workdir import weights
 
 
@@ -23,49 +24,54 @@ def convert(source: str | os.PathLike, target: str | os.PathLike, *, force: bool
     What was recognised, left out and written, for people to read.
 
   Raises:
-    FileNotFoundError, FileExistsError: no source, or a target that must not be replaced.
-    ValueError: if the source is not readable or not the weights of a backbone.
+    UserError: no source, or a target that must not be replaced; the source is not readable, or not
+      the weights of a backbone.
   """
   check_target(target, force)
-  path, metadata, left_out, variables = _load(source)
+  said, metadata, flat = _load(source)
   # In PyTorch's layout most are views of what was read. One at a time, so that memory holds one of
-  # them twice, where Orbax would copy all of them at once.
-  flat = traverse_util.flatten_dict(variables)
-  del variables
+  # them twice, where Orbax would copy all of them at once; all, so that the file can be let go.
   for name in flat:
-    flat[name] = np.ascontiguousarray(flat[name])
+    flat[name] = np.array(flat[name], order="C")
   weights.save_backbone(traverse_util.unflatten_dict(flat), metadata, target, force=force)
   count = sum(x.size for name, x in flat.items() if name[0] == "params")
-  sizes = {k: v for k, v in metadata["architecture"].items() if k != "module"}
-  return "\n".join(
-    [
-      f"recognised {path}: {metadata['kind']}",
-      *describe_left_out(left_out),
-      f"model.backbone: {', '.join(f'{k} {v}' for k, v in sizes.items())}",
-      f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}",
-    ]
+  written = (
+    f"written {target}: {count:,} parameters; use it with --config.model.pretrained={target}"
   )
+  return "\n".join([*said, written])
 
 
-def _load(source: str | os.PathLike) -> tuple[pathlib.Path, dict, dict[str, str], dict]:
-  """The file, metadata for it, what is left out and why, and the backbone's variables."""
+def _load(source: str | os.PathLike) -> tuple[list[str], dict, dict[tuple, np.ndarray]]:
+  """What is to be said of a file, metadata for it, and the backbone's flat variables."""
   read = sources.read(source)
-  kind = recognise.recognise(read.tensors, str(read.path))
-  tensors, left_out = recognise.split(read.tensors, kind.left_out)
+  kind, prefix = recognise.recognise(read.tensors, str(read.path))
+  tensors, left_out = recognise.split(read.tensors, kind.left_out, prefix)
   arguments, variables = kind.load(kind.rename(tensors), str(read.path))
   metadata = {
     "kind": kind.name,
     "architecture": {"module": kind.module, **arguments},
-    "preprocessing": sources.preprocessing(read.path),
-    "source": {"file": read.path.name, "sha256": read.sha256},
+    "preprocessing": preprocessing.read(read.path),
+    "source": {"file": read.path.name, "sha256": sources.sha256(read.files)},
   }
-  return read.path, metadata, read.left_out | left_out, variables
+  said = [
+    f"recognised {read.path}: {kind.name}",
+    *describe_place(read.key, prefix),
+    *describe_left_out(read.left_out | left_out),
+    f"model.backbone: {', '.join(f'{k} {v}' for k, v in arguments.items())}",
+  ]
+  return said, metadata, traverse_util.flatten_dict(variables)
 
 
 def check_target(target: str | os.PathLike, force: bool) -> None:
-  """Raises FileExistsError if a target exists and may not be replaced."""
+  """Raises UserError if a target exists and may not be replaced."""
   if pathlib.Path(target).exists() and not force:
-    raise FileExistsError(f"{target}: exists already; choose another --output or give --force")
+    raise UserError(f"{target}: exists already; choose another --output or give --force")
+
+
+def describe_place(key: str, prefix: str) -> list[str]:
+  """Lines that say where in a file the weights were, and what stood before their names."""
+  taken = [f"taken from {key!r} in the file"] if key else []
+  return taken + ([f"removed from the names: {prefix!r}"] if prefix else [])
 
 
 def describe_left_out(left_out: dict[str, str]) -> list[str]:

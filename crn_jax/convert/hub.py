@@ -4,7 +4,13 @@ import pathlib
 
 import huggingface_hub
 
-_FILES = ("model.safetensors", "pytorch_model.bin")
+from crn_jax.errors import UserError
+
+# Of one file, or of several with their index.
+_FILES = (
+  "model.safetensors", "model-*.safetensors", "model.safetensors.index.json",
+  "pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 _SETTINGS = ("config.json", "preprocessor_config.json")
 
 
@@ -15,22 +21,17 @@ def download(repository: str) -> pathlib.Path:
     repository: e.g. 'timm/swin_large_patch4_window7_224.ms_in22k'.
 
   Returns:
-    The file of weights; its settings stand beside it.
+    The folder with the weights and their settings.
 
   Raises:
-    ValueError: if there is no such repository, no weights in it, or no network.
+    UserError: if there is no such repository, or no network.
   """
   try:
-    folder = pathlib.Path(
-      huggingface_hub.snapshot_download(repository, allow_patterns=[*_FILES, *_SETTINGS])
-    )
+    folder = huggingface_hub.snapshot_download(repository, allow_patterns=[*_FILES, *_SETTINGS])
   except Exception as error:  # Of the hub, of its HTTP client, of the system.
-    raise ValueError(
+    raise UserError(
       f"--hub={repository}: cannot be downloaded ({type(error).__name__}: "
       f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). Is the name right, and "
       f"is there a network? Without one, fetch model.safetensors elsewhere and give it with --input"
     ) from error
-  for name in _FILES:
-    if (folder / name).exists():
-      return folder / name
-  raise ValueError(f"--hub={repository}: holds neither {' nor '.join(_FILES)}")
+  return pathlib.Path(folder)

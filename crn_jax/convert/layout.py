@@ -6,7 +6,10 @@ are plain matrices here. Everything that is not a kernel is the same in both.
 
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import numpy as np
+
+from crn_jax.errors import UserError
 
 KERNELS = ("kernel", "hidden_kernel")
 
@@ -61,7 +64,8 @@ def fill(
     path -> float32 array.
 
   Raises:
-    ValueError: if weights are missing, left over, or of another shape; names them.
+    UserError: if weights are missing, left over, of another shape, not finite or no floating point
+      numbers, or a running variance is negative; names them.
   """
   known = set(names.values())
   problems = [f"missing {name}" for name in names.values() if name not in state_dict]
@@ -71,14 +75,27 @@ def fill(
   filled = {}
   for path, name in names.items():
     if name in state_dict:
-      tensor = np.asarray(state_dict[name], np.float32)
       try:
+        tensor = _float32(state_dict[name], path[-1])
         filled[path] = to_flax(tensor, path[-1], flat[path].shape)
       except ValueError as error:
         problems.append(f"{name} {error}")
   if problems:
     shown = "\n  ".join(problems)
-    raise ValueError(
+    raise UserError(
       f"{source}: not the weights of this {model} ({len(problems)} differences):\n  {shown}"
     )
   return filled
+
+
+def _float32(tensor: np.ndarray, leaf: str) -> np.ndarray:
+  """The values as float32; raises ValueError if a model cannot have them."""
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    raise ValueError(f"has numbers of type {tensor.dtype}, not floating point numbers")
+  with np.errstate(over="ignore"):
+    tensor = np.asarray(tensor, np.float32)
+  if bad := tensor.size - np.count_nonzero(np.isfinite(tensor)):
+    raise ValueError(f"holds {bad} of {tensor.size} values that are not finite in float32")
+  if leaf == "var" and np.any(tensor < 0):
+    raise ValueError(f"is a variance, and is negative in {np.sum(tensor < 0)} places")
+  return tensor

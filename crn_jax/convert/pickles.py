@@ -1,376 +1,320 @@
-"""Reads `torch.save` files as data: nothing that a file names is imported, called or run.
+"""Unpickles what `torch.save` wrote as data: nothing that it names is imported, called or run.
 
-A pickle is a program for a small stack machine. Here the machine is Python's own (`pickle`'s
-written in Python), less every instruction that calls something: a global is a name and nothing
-else, and only the few constructions that `torch.save` writes are carried out, by the code below.
-Anything else is refused by name. PyTorch is not needed.
+A pickle is a program for a small stack machine. Python's unpickler runs it, but whatever class or
+function the program asks for, it gets one of the inert classes below, or is refused by name.
+`_check` reads the program before, for what would go past that or exhaust the machine.
 """
 
-import dataclasses
+import functools
 import io
-import os
-import pathlib
+import math
 import pickle
+import pickletools
 import re
-import zipfile
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
+from crn_jax.errors import UserError
+
+_STORAGES = {
+  "torch.FloatStorage": np.float32, "torch.DoubleStorage": np.float64,
+  "torch.HalfStorage": np.float16, "torch.BFloat16Storage": ml_dtypes.bfloat16,
+  "torch.LongStorage": np.int64, "torch.IntStorage": np.int32, "torch.ShortStorage": np.int16,
+  "torch.CharStorage": np.int8, "torch.ByteStorage": np.uint8, "torch.BoolStorage": np.bool_,
+  "torch.ComplexFloatStorage": np.complex64, "torch.ComplexDoubleStorage": np.complex128,
+  "torch.storage.UntypedStorage": None,
+}  # fmt: skip
+# Types without a storage of their own.
 _DTYPES = {
-  "FloatStorage": np.float32, "DoubleStorage": np.float64, "HalfStorage": np.float16,
-  "BFloat16Storage": ml_dtypes.bfloat16, "LongStorage": np.int64, "IntStorage": np.int32,
-  "ShortStorage": np.int16, "CharStorage": np.int8, "ByteStorage": np.uint8,
-  "BoolStorage": np.bool_,
+  "torch.uint16": np.uint16, "torch.uint32": np.uint32, "torch.uint64": np.uint64,
+  "torch.float8_e4m3fn": ml_dtypes.float8_e4m3fn,
+  "torch.float8_e4m3fnuz": ml_dtypes.float8_e4m3fnuz,
+  "torch.float8_e5m2": ml_dtypes.float8_e5m2,
+  "torch.float8_e5m2fnuz": ml_dtypes.float8_e5m2fnuz,
+  "torch.float8_e8m0fnu": ml_dtypes.float8_e8m0fnu,
 }  # fmt: skip
 
-# Classes whose instances may stand in a file; they are read as `Stub`s whatever they are called.
-_CLASSES = re.compile(
-  r"(model|blocks|text_model|resnet|timm|torch\.nn\.modules|torchvision\.models)(\.\w+)*"
+_MODULES = re.compile(
+  r"(model|blocks|text_model|resnet|timm|torch\.nn\.(modules|parallel)|torchvision\.models)(\.\w+)+"
 )
-_CLASSES_BY_NAME = {("argparse", "Namespace")}
-_ORDERED_DICT = ("collections", "OrderedDict")
-_SETS = {("__builtin__", "set"), ("builtins", "set")}
-_REBUILDS = {
-  ("torch._utils", "_rebuild_tensor"),
-  ("torch._utils", "_rebuild_tensor_v2"),
-  ("torch._utils", "_rebuild_parameter"),
-}
+# What training programs keep beside the weights: numbers of NumPy, settings, paths, histories; and
+# enumerations in timm's modules.
+_HARMLESS = re.compile(
+  r"argparse\.Namespace|_codecs\.encode|collections\.(deque|Counter|defaultdict)"
+  r"|builtins\.(frozenset|bytes|bytearray|complex|slice|range|xrange)"
+  r"|datetime\.\w+|decimal\.Decimal|uuid\.UUID|pathlib(\._local)?\.\w*Path"
+  r"|numpy\.(dtype|ndarray)|numpy\.(core|_core)\.(multiarray\.(scalar|_reconstruct)"
+  r"|numeric\._frombuffer)|numpy\.random(\.\w+)+"
+  r"|torch\.(Size|device|Tensor|Generator)|torch\.serialization\._get_layout"
+  r"|torch\.(optim|utils\.data)(\.\w+)*\.[A-Z]\w*"
+  r"|(timm|omegaconf|ml_collections|easydict|addict|yacs|fvcore|lightning|pytorch_lightning"
+  r"|lightning_fabric|mmengine|mmcv|mmdet|transformers|accelerate)(\.\w+)*\.[A-Z]\w*"
+)
+# Names that stand for themselves.
+_NAMES = re.compile(
+  r"torch\.(float|bfloat|u?int|complex|bool|long|double|half|strided|sparse)\w*|typing\.\w+"
+  r"|builtins\.(dict|list|tuple|int|long|str|unicode|float|bool|object)"
+)
 
-_MAX_PICKLE = 64 << 20  # Of the program alone, without the weights: usually about 100 kB.
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-
-class RefusedError(ValueError):
+class RefusedError(UserError):
   """A file that holds something other than weights, or is damaged."""
 
 
-class Global(NamedTuple):
-  """The name of a class or function that a file asks for. Only a name."""
+class _Inert:
+  """A class that a program may call; what it returns may not be given a state."""
 
-  module: str
-  name: str
-
-  def __str__(self) -> str:
-    return f"{self.module}.{self.name}"
+  def __setstate__(self, state):
+    raise RefusedError("refused: state for something that has none")
 
 
-@dataclasses.dataclass
-class Stub:
-  """What is left of an object: the name of its class and its attributes."""
+class Stub(dict):
+  """What is left of an object: its attributes, and its items if it is a dictionary."""
 
-  cls: Global
-  attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  def __new__(cls, *arguments):
+    if arguments:
+      raise RefusedError("refused: it calls a class of a model with arguments")
+    stub = super().__new__(cls)
+    stub.attributes = {}
+    return stub
+
+  def __setstate__(self, state):
+    # (attributes, slots) where a class has slots.
+    self.attributes |= state if isinstance(state, dict) else {}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-  key: str
-  dtype: np.dtype
-  size: int
+class _Harmless(Stub):
+  """Also takes arguments, items and states of every kind, and forgets them."""
+
+  def __new__(cls, *_):
+    return super().__new__(cls)
+
+  def __init__(self, *_):
+    super().__init__()
+
+  def append(self, _):
+    pass
+
+  add = append
+  __eq__, __hash__ = object.__eq__, object.__hash__  # It may be a key.
 
 
-def read(path: str | os.PathLike) -> Any:
-  """Reads a file that `torch.save` wrote, in the zip format or the one before PyTorch 1.6.
+class _OrderedDict(dict):
+  def __init__(self, pairs=()):  # Python 2 wrote a list of pairs.
+    if not all(type(key) is str for key, _ in pairs):
+      raise RefusedError("refused: a key that is no string")
+    super().__init__(pairs)
 
-  Returns:
-    The saved object: dictionaries, lists, numbers, strings; tensors as read-only numpy arrays,
-    objects as `Stub`.
+  def __setstate__(self, state):
+    """Forgets `_metadata`, the versions of modules."""
 
-  Raises:
-    RefusedError: if the file is damaged or holds anything that is not data; names it.
+
+class _Set(_Inert):
+  def __new__(cls, items=()):
+    return {item for item in items if type(item) is str}
+
+
+class _Attribute(_Inert):
+  """`getattr`, which Python 2 wrote for the method of a class."""
+
+  def __new__(cls, owner, name):
+    if owner is not _Harmless:
+      raise RefusedError(_asks_for("builtins.getattr"))
+    return _Harmless()
+
+
+class Storage(_Inert):
+  """The numbers of one or several tensors.
+
+  Attributes:
+    dtype: type of the numbers; None if the tensors say it.
+    n_bytes: how many bytes they are.
+    read: gives the bytes.
   """
-  path = pathlib.Path(path)
-  try:
-    with open(path, "rb") as file:
-      if zipfile.is_zipfile(file):
-        return _read_zip(file)
-      file.seek(0)
-      return _read_legacy(file)
-  except RefusedError as error:
-    raise RefusedError(f"{path}: {error}") from None
-  except OSError:
-    raise
-  except Exception as error:  # A hostile or damaged program fails the machine in many ways.
-    raise RefusedError(
-      f"{path}: not a readable PyTorch file ({type(error).__name__}: {error}); fetch it again"
-    ) from error
+
+  def __init__(self, dtype: type | None, size: int):
+    self.dtype = None if dtype is None else np.dtype(dtype)
+    self.n_bytes = size if dtype is None else size * self.dtype.itemsize
+    self.read: Callable[[], bytes] | None = None
+
+  def check(self, found: int) -> None:
+    """Raises RefusedError if the file holds another number of bytes."""
+    if found != self.n_bytes:
+      raise RefusedError(f"refused: a storage claims {self.n_bytes} bytes and holds {found}")
+
+  @functools.cached_property
+  def content(self) -> bytes:
+    return self.read()
 
 
-def state_dict(module: Stub) -> dict[str, np.ndarray]:
-  """Parameters and buffers of a pickled module under the names of its state dict.
+class Tensor(_Inert):
+  """A tensor of a file, inside the bounds of its storage; its values are read when asked for."""
 
-  Raises:
-    RefusedError: if the modules are nested in a way that no model is.
-  """
-  found: dict[str, np.ndarray] = {}
-  _collect(module, "", found, depth=0)
-  return found
-
-
-def _collect(module, prefix: str, found: dict, depth: int) -> None:
-  # A module that holds itself has no end; one that is shared at every level has 2^n names.
-  if depth > 32 or len(found) > 100_000:
-    raise RefusedError("modules nested without end")
-  if not isinstance(module, Stub):
-    raise RefusedError(f"{prefix[:-1] or 'the file'} is no module")
-  local = module.attributes
-  transient = local.get("_non_persistent_buffers_set", ())
-  for group in ("_parameters", "_buffers"):
-    for name, value in local.get(group, {}).items():
-      if isinstance(value, np.ndarray) and not (group == "_buffers" and name in transient):
-        found[prefix + name] = value
-  for name, child in local.get("_modules", {}).items():
-    if child is not None:
-      _collect(child, f"{prefix}{name}.", found, depth + 1)
-
-
-class _Machine(pickle._Unpickler):
-  """Python's unpickler without the instructions that call, import or allocate by a number."""
-
-  dispatch = dict(pickle._Unpickler.dispatch)
-  for _opcode in (
-    pickle.INST, pickle.OBJ, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.PERSID,
-    pickle.BYTEARRAY8, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
-  ):  # fmt: skip
-    del dispatch[_opcode[0]]
-
-  def __init__(self, file, tensor: Callable[..., np.ndarray], storages: dict | None = None):
-    super().__init__(file, encoding="utf-8")
-    self._tensor = tensor
-    self.storages = {} if storages is None else storages
-
-  def load(self):
-    """As `pickle.Unpickler.load`; an instruction that is not allowed is named."""
-    try:
-      return super().load()
-    except KeyError as error:
-      if isinstance(error.args[0], int):
-        code = bytes([error.args[0]])
-        raise RefusedError(f"refused: pickle instruction {code!r}") from None
-      raise
-
-  def find_class(self, module: str, name: str) -> Global:
-    wanted = Global(module, name)
-    known = wanted in _REBUILDS | _SETS | _CLASSES_BY_NAME | {_ORDERED_DICT}
-    storage = module == "torch" and name in _DTYPES
-    allowed = name.isidentifier() and _CLASSES.fullmatch(module)
-    if not (known or storage or allowed):
+  # The arguments of torch._utils._rebuild_tensor, _v2 and _v3; only the last has a type.
+  def __new__(cls, storage, offset, shape, strides, requires_grad=None, hooks=None, dtype="", *_):
+    if not isinstance(storage, Storage):
+      raise RefusedError("refused: a tensor without a storage")
+    if storage.dtype is None and not (type(dtype) is str and dtype in _DTYPES):
+      raise RefusedError(f"a tensor of {dtype if type(dtype) is str else 'an unknown type'}")
+    tuples = type(shape) is type(strides) is tuple and len(shape) == len(strides) <= 8
+    if not tuples or not all(map(_is_size, (offset, *shape, *strides))):
+      raise RefusedError("refused: a tensor whose offset, shape and strides are no sizes")
+    tensor = super().__new__(cls)
+    tensor.storage, tensor.offset, tensor.shape, tensor.strides = storage, offset, shape, strides
+    tensor.dtype = storage.dtype or np.dtype(_DTYPES[dtype])
+    last = offset + sum((side - 1) * step for side, step in zip(shape, strides, strict=True))
+    size = storage.n_bytes // tensor.dtype.itemsize
+    if math.prod(shape) > size or (math.prod(shape) and last >= size):
       raise RefusedError(
-        f"refused: it asks for {wanted}, which is not part of a model. Do not load this file with "
-        f"PyTorch unless you trust its author"
+        f"refused: a tensor of shape {shape} reaches beyond its storage of {size} elements"
       )
-    return wanted
+    return tensor
 
-  def persistent_load(self, pid) -> _Storage:
-    kind, storage, key, _, size, *_ = pid
-    dtype = isinstance(storage, Global) and storage.module == "torch" and _DTYPES.get(storage.name)
-    if kind != "storage" or not dtype or not isinstance(key, str) or not _is_size(size):
-      raise RefusedError(f"refused: persistent id {pid!r}")
-    return self.storages.setdefault(key, _Storage(key, np.dtype(dtype), size))
+  def read(self) -> np.ndarray:
+    """The values, read-only.
 
-  def load_reduce(self):
-    args = self.stack.pop()
-    self.stack[-1] = self._build(self.stack[-1], args)
-
-  dispatch[pickle.REDUCE[0]] = load_reduce
-
-  def load_newobj(self):
-    args = self.stack.pop()
-    cls = self.stack.pop()
-    self.append(self._instance(cls, args))
-
-  dispatch[pickle.NEWOBJ[0]] = load_newobj
-
-  def load_build(self):
-    state = self.stack.pop()
-    target = self.stack[-1]
-    if isinstance(target, Stub) and isinstance(state, dict):
-      target.attributes.update(state)
-    # Ordered dictionaries carry `_metadata`, the versions of modules: of no use.
-    elif not (isinstance(target, dict) and isinstance(state, dict)):
-      raise RefusedError(f"refused: state for {target!r:.100}")
-
-  dispatch[pickle.BUILD[0]] = load_build
-
-  def load_setitem(self):
-    value = self.stack.pop()
-    key = self.stack.pop()
-    self._fill([key, value])
-
-  dispatch[pickle.SETITEM[0]] = load_setitem
-
-  def load_setitems(self):
-    self._fill(self.pop_mark())
-
-  dispatch[pickle.SETITEMS[0]] = load_setitems
-
-  def load_dict(self):
-    items = self.pop_mark()
-    self.append({})
-    self._fill(items)
-
-  dispatch[pickle.DICT[0]] = load_dict
-
-  def load_additems(self):
-    items = self.pop_mark()
-    self.stack[-1].update(_keys(items))
-
-  dispatch[pickle.ADDITEMS[0]] = load_additems
-
-  def load_frozenset(self):
-    self.append(frozenset(_keys(self.pop_mark())))
-
-  dispatch[pickle.FROZENSET[0]] = load_frozenset
-
-  def _fill(self, items: list) -> None:
-    target = self.stack[-1]
-    if not isinstance(target, dict):
-      raise RefusedError(f"refused: items for {target!r:.100}")
-    target.update(zip(_keys(items[::2]), items[1::2], strict=True))
-
-  def _build(self, function, args):
-    if function == _ORDERED_DICT and args == ():
-      return {}
-    if function == _ORDERED_DICT and len(args) == 1:  # As Python 2 wrote it: a list of pairs.
-      return dict(zip(_keys([k for k, _ in args[0]]), [v for _, v in args[0]], strict=True))
-    if function in _SETS:
-      return set(_keys(args[0]))
-    if function == ("torch._utils", "_rebuild_parameter"):
-      return args[0]
-    if function in _REBUILDS:
-      storage, offset, shape, strides = args[:4]
-      return self._tensor(storage, offset, shape, strides)
-    return self._instance(function, args)
-
-  def _instance(self, cls, args):
-    if not isinstance(cls, Global) or args != () or cls in _REBUILDS or cls.module == "torch":
-      # repr would follow the arguments of a hostile file; the name is enough.
-      raise RefusedError(f"refused: it calls {cls if isinstance(cls, Global) else type(cls)}")
-    if cls == _ORDERED_DICT:
-      return {}
-    return Stub(cls)
+    Raises:
+      RefusedError: if the file is damaged there.
+    """
+    if not math.prod(self.shape):
+      return np.zeros(self.shape, self.dtype)
+    size = self.dtype.itemsize
+    steps = [step * size for step in self.strides]
+    return np.ndarray(self.shape, self.dtype, self.storage.content, self.offset * size, steps)
 
 
-def _read_zip(file) -> Any:
-  size = os.fstat(file.fileno()).st_size
-  archive = zipfile.ZipFile(file)
-  entries = {entry.filename: entry for entry in archive.infolist()}
-  programs = [name for name in entries if name.split("/", 1)[-1] == "data.pkl"]
-  if len(programs) != 1:
-    raise RefusedError(
-      f"a zip without exactly one data.pkl is no PyTorch file; it holds {sorted(entries)[:3]}"
-    )
-  # PyTorch never compresses, so nothing can grow on reading.
-  if any(e.compress_type != zipfile.ZIP_STORED for e in entries.values()):
-    raise RefusedError("refused: compressed entries, which torch.save does not write")
-  if sum(e.file_size for e in entries.values()) > size:
-    raise RefusedError(f"refused: its entries claim more bytes than its {size}")
-  if entries[programs[0]].file_size > _MAX_PICKLE:
-    raise RefusedError(f"refused: a pickle of {entries[programs[0]].file_size} bytes")
-  prefix = programs[0].removesuffix("data.pkl")
-  if (order := entries.get(f"{prefix}byteorder")) and archive.read(order) != b"little":
-    raise RefusedError("written on a big-endian machine; save it again on another")
-  loaded: dict[str, np.ndarray] = {}
+class _Parameter(_Inert):
+  """`torch._utils._rebuild_parameter`: a tensor, and what training needs."""
 
-  def tensor(storage, offset, shape, strides):
-    if isinstance(storage, _Storage) and storage.key not in loaded:
-      name = f"{prefix}data/{storage.key}"
-      if name not in entries:
-        raise RefusedError(f"storage {storage.key!r} is missing")
-      _check_bytes(storage, entries[name].file_size)
-      loaded[storage.key] = np.frombuffer(archive.read(entries[name]), storage.dtype)
-    return _strided(loaded, storage, offset, shape, strides)
-
-  return _Machine(io.BytesIO(archive.read(programs[0])), tensor).load()
+  def __new__(cls, tensor, *_):
+    if not isinstance(tensor, Tensor):
+      raise RefusedError("refused: a parameter that is no tensor")
+    return tensor
 
 
-def _read_legacy(file) -> Any:
-  """Pickles (magic number, version, system, object, keys of storages), then the storages."""
-  size = os.fstat(file.fileno()).st_size
-  start = file.read(2)
-  if start == b"PK":
-    raise RefusedError("a zip file that is cut short; fetch it again")
-  if start[:1] != pickle.PROTO:
-    raise RefusedError("not a PyTorch file")
-  file.seek(0)
-  # Tensors are made before their storages are read: keep what they ask for, and fill it in later.
-  storages: dict[str, _Storage] = {}
-  zeros: dict[str, np.ndarray] = {}
+class _TensorWithState(_Inert):
+  """`torch._tensor._rebuild_from_type_v2`: a tensor, and attributes that somebody gave it."""
 
-  def tensor(storage, offset, shape, strides):
-    if isinstance(storage, _Storage) and storage.key not in zeros:
-      if sum(a.nbytes for a in zeros.values()) + storage.size * storage.dtype.itemsize > size:
-        raise RefusedError(f"refused: its storages claim more bytes than its {size}")
-      zeros[storage.key] = np.zeros(storage.size, storage.dtype)
-    return _strided(zeros, storage, offset, shape, strides)
-
-  def program():
-    return _Machine(file, tensor, storages).load()
-
-  if program() != _LEGACY_MAGIC:
-    raise RefusedError("not a PyTorch file")
-  program()
-  if program().get("little_endian") is not True:
-    raise RefusedError("written on a big-endian machine; save it again on another")
-  content = program()
-  for key in program():
-    if key not in storages:
-      raise RefusedError(f"storage {key!r} belongs to no tensor")
-    storage = storages[key]
-    count = int.from_bytes(file.read(8), "little")
-    if count != storage.size:
-      raise RefusedError(
-        f"refused: storage {key!r} claims {storage.size} elements and holds {count}"
-      )
-    data = file.read(count * storage.dtype.itemsize)
-    _check_bytes(storage, len(data))
-    if key in zeros:
-      zeros[key][:] = np.frombuffer(data, storage.dtype)
-  return content
+  def __new__(cls, rebuild, kind, arguments, state):
+    if rebuild not in (Tensor, _Parameter):
+      raise RefusedError("refused: a tensor of a class of its own")
+    return rebuild(*arguments)
 
 
-def _check_bytes(storage: _Storage, n_bytes: int) -> None:
-  if n_bytes != storage.size * storage.dtype.itemsize:
-    raise RefusedError(
-      f"refused: storage {storage.key!r} claims {storage.size} elements of {storage.dtype} and "
-      f"holds {n_bytes} bytes"
-    )
+_STAND_INS = {
+  "collections.OrderedDict": _OrderedDict,
+  "builtins.set": _Set,
+  "builtins.getattr": _Attribute,
+  "torch._utils._rebuild_tensor": Tensor,
+  "torch._utils._rebuild_tensor_v2": Tensor,
+  "torch._utils._rebuild_tensor_v3": Tensor,
+  "torch._utils._rebuild_parameter": _Parameter,
+  "torch._utils._rebuild_parameter_with_state": _Parameter,
+  "torch._tensor._rebuild_from_type_v2": _TensorWithState,
+}
 
 
-def _strided(arrays: dict, storage, offset, shape, strides) -> np.ndarray:
-  """A view of a storage, inside its bounds."""
-  if not isinstance(storage, _Storage):
-    raise RefusedError("refused: a tensor without a storage")
-  base = arrays[storage.key]
-  numbers = (offset, *shape, *strides)
-  if len(shape) != len(strides) or len(shape) > 8 or not all(map(_is_size, numbers)):
-    raise RefusedError(f"refused: a tensor of shape {shape!r:.100}, strides {strides!r:.100}")
-  count = 1
-  for side in shape:
-    count *= side
-  last = offset + sum((side - 1) * stride for side, stride in zip(shape, strides, strict=True))
-  if count > base.size or (count and last >= base.size):
-    raise RefusedError(
-      f"refused: a tensor of shape {tuple(shape)} reaches beyond storage {storage.key!r} of "
-      f"{base.size} elements"
-    )
-  if not count:
-    return np.zeros(shape, base.dtype)
-  return np.lib.stride_tricks.as_strided(
-    base[offset:], shape, [stride * base.itemsize for stride in strides], writeable=False
+class Unpickler(pickle.Unpickler):
+  """Unpickles data alone. `storages` are those that the program asked for, by key."""
+
+  def __init__(self, programs: io.BytesIO):
+    start = programs.tell()
+    _check(programs)
+    programs.seek(start)
+    super().__init__(programs, encoding="utf-8", errors="replace")
+    self.storages: dict[str, Storage] = {}
+
+  def find_class(self, module: str, name: str) -> type | str:
+    wanted = f"{module.replace('__builtin__', 'builtins')}.{name}"
+    if wanted in _STAND_INS:
+      return _STAND_INS[wanted]
+    if wanted in _STORAGES or _NAMES.fullmatch(wanted):
+      return wanted
+    if name.isidentifier() and _HARMLESS.fullmatch(wanted):
+      return _Harmless
+    if name.isidentifier() and _MODULES.fullmatch(wanted):
+      return Stub
+    raise RefusedError(_asks_for(wanted))
+
+  def persistent_load(self, pid) -> Storage | type:
+    # Before PyTorch 1.6 a module's class came with its source.
+    if len(pid) == 4 and any(pid[1] is stand_in for stand_in in (Stub, _Harmless)):
+      return pid[1]
+    kind, name, key, _, size, *view = pid
+    strings = type(kind) is type(name) is type(key) is str
+    if not strings or kind != "storage" or name not in _STORAGES or not _is_size(size):
+      raise RefusedError("refused: a persistent id that is no storage")
+    if any(part is not None for part in view):
+      raise RefusedError("a storage that is part of another; save the file again with new PyTorch")
+    asked = Storage(_STORAGES[name], size)
+    storage = self.storages.setdefault(key, asked)
+    if (storage.dtype, storage.n_bytes) != (asked.dtype, asked.n_bytes):
+      raise RefusedError(f"refused: two storages with the key {key:.50}")
+    return storage
+
+
+def _asks_for(wanted: str) -> str:
+  return (
+    f"refused: it asks for {wanted:.200}, which is not part of a model. Do not load this file with "
+    f"PyTorch unless you trust its author"
   )
+
+
+_MAX_INSTRUCTIONS = 4_000_000  # A model of 1,000 tensors has 30,000; one makes up to 200 bytes.
+# Extensions go past `find_class`; no pickler of `torch.save` writes the others.
+_REFUSED = {"EXT1", "EXT2", "EXT4", "PUT", "GET"}
+_PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETS = {"BINGET", "LONG_BINGET"}
+# Instructions that hash: which of the values that they take are keys.
+_KEYS = {
+  "SETITEM": slice(1, 2), "SETITEMS": slice(0, None, 2), "DICT": slice(0, None, 2),
+  "ADDITEMS": slice(None), "FROZENSET": slice(None),
+}  # fmt: skip
+
+
+def _check(program: io.BytesIO) -> None:
+  """Follows a program without carrying it out, for what would exhaust the unpickler.
+
+  Nested tuples as keys take forever to hash, or more stack than there is; large numbers have the
+  same hash; the memo is as long as its largest index; one instruction makes a whole object.
+
+  Raises:
+    RefusedError: names the instruction.
+  """
+  # Of each value: whether it may not be a key. What calls return is one of the classes above.
+  stack: list[bool] = []
+  memo: dict[int, bool] = {}
+  marks: list[int] = []
+  for count, (opcode, argument, _) in enumerate(pickletools.genops(program)):
+    name, taken = opcode.name, opcode.stack_before
+    if name in _REFUSED:
+      raise RefusedError(f"refused: pickle instruction {name}")
+    if count > _MAX_INSTRUCTIONS:
+      raise RefusedError(f"refused: more than {_MAX_INSTRUCTIONS} pickle instructions")
+    if name in _PUTS:
+      index = len(memo) if argument is None else argument
+      if index > count:
+        raise RefusedError(f"refused: pickle instruction {name} with index {index}")
+      memo[index] = stack[-1]
+    elif name in _GETS:
+      stack.append(memo[argument])
+    elif name == "DUP":
+      stack.append(stack[-1])
+    elif name == "MARK":
+      marks.append(len(stack))
+    elif name == "POP" and marks and marks[-1] == len(stack):
+      marks.pop()
+    else:
+      marked = pickletools.markobject in taken
+      start = marks.pop() if marked else len(stack) - len(taken)
+      if name in _KEYS and any(stack[start:][_KEYS[name]]):
+        raise RefusedError(f"refused: pickle instruction {name} with a tuple or huge number as key")
+      del stack[start - (taken.index(pickletools.markobject) if marked else 0) :]
+      large = isinstance(argument, int) and argument.bit_length() > 64
+      stack += [large or made.name in ("tuple", "frozenset") for made in opcode.stack_after]
 
 
 def _is_size(value) -> bool:
   return type(value) is int and 0 <= value < 1 << 48
-
-
-def _keys(values) -> list:
-  # Nothing else is a key in these files, and a deep tuple would take forever to hash.
-  for value in values:
-    if type(value) not in (str, int):
-      raise RefusedError(f"refused: a key of type {type(value).__name__}")
-  return values

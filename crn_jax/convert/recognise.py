@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from crn_jax.convert import huggingface, timm, torchvision
+from crn_jax.errors import UserError
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -17,7 +18,7 @@ class Kind:
 
   Attributes:
     name: for people.
-    signs: regular expressions; each matches the whole of some tensor's name.
+    required: regular expressions; each matches the whole of some tensor's name.
     left_out: (regular expression of a whole name, why it is left out).
     rename: tensors -> tensors under the names of `load`.
     module: class of the backbone.
@@ -25,7 +26,7 @@ class Kind:
   """
 
   name: str
-  signs: tuple[str, ...]
+  required: tuple[str, ...]
   left_out: Sequence[tuple[str, str]]
   rename: Callable[[Tensors], dict]
   module: str
@@ -34,7 +35,7 @@ class Kind:
 
 _SWIN = r"layers\.\d+\.blocks\.\d+\.(attn|norm1|mlp)\..*"
 
-# The first whose signs are all there.
+# The first whose required names are all there.
 KINDS = (
   Kind(
     "Swin Transformer, names of transformers (Hugging Face)",
@@ -73,51 +74,87 @@ KINDS = (
   ),
 )
 
-# What else people have, so that a refusal can say what it is.
-_STRANGERS = (
-  ("a Swin Transformer V2", (r".*\.attn\.(logit_scale|cpb_mlp\..*)",)),
-  ("a Vision Transformer (ViT)", (r"(.*\.)?cls_token", r".*patch_embed.*|.*embeddings.*")),
-  ("one half of a CRN or CLVC-Net model; give both files", (r"(local|global)_fuse\..*",)),
-  ("a ResNet without bottlenecks", (r"layer1\.0\.conv1\.weight",)),
-  ("a classifier alone, without its backbone", (r"(head|classifier|fc)\..*",)),
+# Models that have the names of a supported one, and more.
+_LOOKALIKES = (
+  (
+    "a Swin Transformer V2",
+    (r".*\.blocks\.\d+\..*\.(logit_scale|cpb_mlp\..*|continuous_position_bias_mlp\..*)",),
+  ),
+  ("one half of a CRN or CLVC-Net model; give both files", (r"(.*\.)?(local|global)_fuse\..*",)),
 )
+# Other models, so that a refusal can say what it is.
+_UNSUPPORTED = (
+  ("a Vision Transformer (ViT)", (r"(.*\.)?cls_token", r".*patch_embed.*|.*embeddings.*")),
+  ("a ResNet without bottlenecks", (r"(.*\.)?layer1\.0\.conv1\.weight",)),
+)
+_CLASSIFIER = re.compile(r"(.*\.)?(head|classifier|fc)\..*")
 
 
-def recognise(tensors: Tensors, source: str) -> Kind:
-  """The kind of weights.
+def recognise(names: Iterable[str], source: str) -> tuple[Kind, str]:
+  """The kind of weights, and what stands before all its names, e.g. 'module.' of DataParallel.
 
   Raises:
-    ValueError: if it is none of `KINDS`; says what it looks like.
+    UserError: if it is none of `KINDS`, or several models; says what it looks like.
   """
-  for name, signs in _STRANGERS[:1]:
-    if _has(tensors, signs):
-      raise ValueError(_refusal(tensors, source, name))
+  names = [name for name in names if len(name) < 1000]  # Longer ones take long to match.
+  for what, required in _LOOKALIKES:
+    if _has(names, required):
+      raise UserError(_refusal(names, source, what))
   for kind in KINDS:
-    if _has(tensors, kind.signs):
-      return kind
-  for name, signs in _STRANGERS:
-    if _has(tensors, signs):
-      raise ValueError(_refusal(tensors, source, name))
-  raise ValueError(_refusal(tensors, source, "nothing known"))
+    prefixes = [p for p in _prefixes(names, kind) if _has(_under(p, names), kind.required)]
+    if len(prefixes) > 1:
+      what = f"several models, whose names begin with {', '.join(map(repr, prefixes))}"
+      raise UserError(_refusal(names, source, what))
+    if prefixes:
+      return kind, prefixes[0]
+  for what, required in _UNSUPPORTED:
+    if _has(names, required):
+      raise UserError(_refusal(names, source, what))
+  if names and all(map(_CLASSIFIER.fullmatch, names)):
+    raise UserError(_refusal(names, source, "a classifier alone, without its backbone"))
+  raise UserError(_refusal(names, source, "no model that is known here"))
 
 
-def split(tensors: Tensors, rules: Sequence[tuple[str, str]]) -> tuple[dict, dict[str, str]]:
-  """The tensors that are wanted; the names of the others and why they are left out."""
-  left_out = {}
-  for name in tensors:
+def split(
+  tensors: Tensors, rules: Sequence[tuple[str, str]], prefix: str = ""
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+  """The tensors that are wanted; the names of the others and why they are left out.
+
+  Args:
+    tensors: name -> tensor; only what is wanted is read.
+    rules: (regular expression of a whole name after the prefix, why it is left out).
+    prefix: what the names begin with; it is removed, and what does not begin so is left out.
+  """
+  wanted, left_out = {}, {}
+  for full in tensors:
+    name = full.removeprefix(prefix)
     reason = next((why for pattern, why in rules if re.fullmatch(pattern, name)), None)
-    if reason:
-      left_out[name] = reason
-  return {n: t for n, t in tensors.items() if n not in left_out}, left_out
+    if not full.startswith(prefix):
+      left_out[full] = f"not under {prefix!r}"
+    elif reason:
+      left_out[full] = reason
+    else:
+      wanted[name] = tensors[full]
+  return wanted, left_out
 
 
-def _has(tensors: Tensors, signs: Sequence[str]) -> bool:
-  return all(any(re.fullmatch(sign, name) for name in tensors) for sign in signs)
+def _has(names: Iterable[str], required: Sequence[str]) -> bool:
+  return all(any(re.fullmatch(pattern, name) for name in names) for pattern in required)
 
 
-def _refusal(tensors: Tensors, source: str, looks_like: str) -> str:
+def _prefixes(names: Iterable[str], kind: Kind) -> list[str]:
+  """What may stand before the names of a kind."""
+  pattern = re.compile(rf"((?:.*?\.)??){kind.required[0]}")
+  return sorted({match[1] for match in map(pattern.fullmatch, names) if match})
+
+
+def _under(prefix: str, names: Iterable[str]) -> list[str]:
+  return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+
+
+def _refusal(names: Sequence[str], source: str, looks_like: str) -> str:
   kinds = "\n  ".join(kind.name for kind in KINDS)
   return (
-    f"{source}: cannot be converted. It looks like {looks_like}: {len(tensors)} tensors, "
-    f"{', '.join(sorted(tensors)[:3])} ... What can be converted:\n  {kinds}"
+    f"{source}: cannot be converted. It looks like {looks_like}: {len(names)} tensors, "
+    f"{', '.join(sorted(names)[:3])} ... What can be converted:\n  {kinds}"
   )

@@ -11,6 +11,7 @@ import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout
+from crn_jax.errors import UserError
 from crn_jax.models.backbones import swin
 
 _LEAVES = {"kernel": "weight", "scale": "weight"}
@@ -81,7 +82,7 @@ def load_swin(params: Mapping, state_dict: Mapping[str, np.ndarray], source: str
     A tree like `params`, float32.
 
   Raises:
-    ValueError: if weights are missing, left over, or of another shape; names them.
+    UserError: if weights are missing, left over, or of another shape; names them.
   """
   state_dict = modern_names(state_dict)
   flat = traverse_util.flatten_dict(params)
@@ -102,7 +103,7 @@ def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]
     Arguments of `swin.SwinTransformer`; its variables {'params'}, float32.
 
   Raises:
-    ValueError: if weights are missing, left over, or of another shape; names them.
+    UserError: if weights are missing, left over, or of another shape; names them.
   """
   try:
     arguments = swin_arguments(state_dict)
@@ -112,7 +113,7 @@ def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]
     image = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
     like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False)["params"], image)
   except (KeyError, IndexError) as error:
-    raise ValueError(f"{source}: not all of a Swin Transformer: missing {error}") from error
+    raise UserError(f"{source}: not all of a Swin Transformer: missing {error}") from error
   flat = traverse_util.flatten_dict(like)
   for path in flat:
     # Stages whose grid was smaller than the window have a smaller table.

@@ -8,6 +8,7 @@ import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout
+from crn_jax.errors import UserError
 from crn_jax.models.backbones import resnet
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "mean": "running_mean", "var": "running_var"}
@@ -46,7 +47,7 @@ def load_resnet(variables: Mapping, state_dict: Mapping[str, np.ndarray], source
     A tree like `variables`, float32.
 
   Raises:
-    ValueError: if weights are missing, left over, or of another shape; names them.
+    UserError: if weights are missing, left over, or of another shape; names them.
   """
   state_dict = {
     name: tensor
@@ -69,12 +70,12 @@ def load(state_dict: Mapping[str, np.ndarray], source: str) -> tuple[dict, dict]
     Arguments of `resnet.ResNet`; its variables {'params', 'batch_stats'}, float32.
 
   Raises:
-    ValueError: if weights are missing, left over, or of another shape; names them.
+    UserError: if weights are missing, left over, or of another shape; names them.
   """
   try:
     arguments = resnet_arguments(state_dict)
   except KeyError as error:
-    raise ValueError(f"{source}: not all of a ResNet: missing {error}") from error
+    raise UserError(f"{source}: not all of a ResNet: missing {error}") from error
   module = resnet.ResNet(**arguments)
   image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.float32)
   like = jax.eval_shape(lambda x: module.init(jax.random.key(0), x, train=False), image)

@@ -39,6 +39,7 @@ LEFT_OUT = (
 @dataclasses.dataclass(frozen=True)
 class _Half:
   source: sources.Source
+  prefix: str
   tensors: dict[str, np.ndarray]
   left_out: dict[str, str]
 
@@ -50,7 +51,7 @@ def paths_of(given: str) -> list[pathlib.Path] | None:
     given: 'local,global', or a folder with local_model and global_model, .pt or .safetensors.
 
   Raises:
-    FileNotFoundError: if one of the two is missing.
+    UserError: if one of the two is missing.
   """
   paths = [pathlib.Path(part) for part in given.split(",")]
   if len(paths) == 1:
@@ -63,9 +64,9 @@ def paths_of(given: str) -> list[pathlib.Path] | None:
       return None
   for path in paths:
     if not path.exists():
-      raise FileNotFoundError(f"{path}: not found; a whole model is two files, local and global")
+      raise UserError(f"{path}: not found; a whole model is two files, local and global")
   if len(paths) != 2:
-    raise ValueError(f"--input={given}: a whole model is two files, local and global")
+    raise UserError(f"--input={given}: a whole model is two files, local and global")
   return paths
 
 
@@ -88,22 +89,22 @@ def convert(
     What was recognised, left out and written, for people to read.
 
   Raises:
-    FileExistsError: a target that must not be replaced.
-    ValueError: if the files are not readable, not such models, or do not belong together.
+    UserError: a target that must not be replaced; files that are not readable, not such models, or
+      do not belong together.
   """
   backbone.check_target(target, force)
   halves = _read(paths)
   words = _vocabulary(halves)
   sizes = {kind: _sizes(half) for kind, half in halves.items()}
   if sizes["local"] != sizes["global"]:
-    raise ValueError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
+    raise UserError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
   config = config.copy_and_resolve_references()
   before = run.flat(run.as_json(config.model))
   with config.unlocked():
     module = registry.create(config.model.backbone)
     found = "ResNet" if "width" in sizes["local"]["backbone"] else "SwinTransformer"
     if type(module).__name__ != found:
-      raise ValueError(
+      raise UserError(
         f"{paths[0]}: its backbone is a {found}, that of the configuration is "
         f"{config.model.backbone.name}; name another one after the configuration's colon"
       )
@@ -114,7 +115,7 @@ def convert(
   changed = {f"model.{key}": value for key, value in after.items() if before.get(key) != value}
   vocabulary = Vocabulary(words, config.data.markers, config.data.max_words)
   if sizes["local"]["rows"] != len(words):
-    raise ValueError(
+    raise UserError(
       f"{paths[0]}: {sizes['local']['rows']} rows in the word table, {len(words)} words"
     )
   method = methods.create(config, len(words))
@@ -149,6 +150,7 @@ def convert(
   lines = []
   for kind, half in halves.items():
     lines.append(f"recognised {half.source.path}: {kind} model of CRN's PyTorch release")
+    lines += backbone.describe_place(half.source.key, half.prefix)
     lines += backbone.describe_left_out(half.source.left_out | half.left_out)
   return "\n".join(
     [
@@ -169,9 +171,8 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
   average, if there is one).
 
   Raises:
-    FileNotFoundError: if `workdir` holds no trained run.
-    FileExistsError: a target that must not be replaced.
-    ValueError: if the checkpoint is damaged.
+    UserError: if `workdir` holds no trained run, its checkpoint is damaged, or the target must not
+      be replaced.
   """
   backbone.check_target(target, force)
   workdir = pathlib.Path(workdir)
@@ -208,17 +209,19 @@ def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:
   halves = {}
   for path in paths:
     source = sources.read(path)
-    kinds = [k for k in crn.BRANCHES if any(n.startswith(f"{k}_fuse.") for n in source.tensors)]
-    kind = kinds[0] if kinds else None
+    # What stands before the names is of a wrapper, e.g. 'module.' of DataParallel.
+    found = re.compile(rf"((?:.*?\.)??)({'|'.join(crn.BRANCHES)})_fuse\..*")
+    prefix, kind = next((m.groups() for m in map(found.fullmatch, source.tensors) if m), ("", None))
     if kind is None:
-      raise ValueError(
+      raise UserError(
         f"{path}: no model of CRN's PyTorch release: neither local_fuse nor global_fuse in its "
         f"{len(source.tensors)} tensors ({', '.join(sorted(source.tensors)[:3])} ...)"
       )
     if kind in halves:
-      raise ValueError(f"{paths[0]}, {paths[1]}: both are {kind} models")
-    tensors, left_out = recognise.split(_place_backbone(source.tensors), LEFT_OUT)
-    halves[kind] = _Half(source, timm.modern_names(tensors), left_out)
+      raise UserError(f"{paths[0]}, {paths[1]}: both are {kind} models")
+    tensors, outside = recognise.split(source.tensors, (), prefix)
+    tensors, left_out = recognise.split(_place_backbone(tensors), LEFT_OUT)
+    halves[kind] = _Half(source, prefix, timm.modern_names(tensors), outside | left_out)
   return {kind: halves[kind] for kind in crn.BRANCHES}
 
 
@@ -257,7 +260,7 @@ def _sizes(half: _Half) -> dict:
       "rows": tensors["text_model.embedding_layer.weight"].shape[0],
     }
   except (KeyError, IndexError) as error:
-    raise ValueError(f"{half.source.path}: missing or misshapen tensor: {error}") from error
+    raise UserError(f"{half.source.path}: missing or misshapen tensor: {error}") from error
 
 
 def _fill(kind: str, like: TrainState, half: _Half) -> dict:
@@ -276,14 +279,14 @@ def _vocabulary(halves: dict[str, _Half]) -> tuple[str, ...]:
   """Words in the order of their ids; both models of a run carry the same ones."""
   found = {kind: _word_ids(half) for kind, half in halves.items()}
   if found["local"] != found["global"]:
-    raise ValueError(
+    raise UserError(
       f"{halves['local'].source.path}, {halves['global'].source.path}: of different vocabularies, "
       f"so not of one run"
     )
   word2id, path = found["local"], halves["local"].source.path
   ids = list(word2id.values())
   if not all(type(i) is int for i in ids) or sorted(ids) != list(range(len(ids))):
-    raise ValueError(f"{path}: the ids of its {len(ids)} words are not 0, 1, 2, ...")
+    raise UserError(f"{path}: the ids of its {len(ids)} words are not 0, 1, 2, ...")
   return tuple(sorted(word2id, key=word2id.get))
 
 
@@ -292,13 +295,15 @@ def _word_ids(half: _Half) -> dict:
   if half.source.module is None:
     beside = path.parent / _VOCABULARY
     if not beside.exists():
-      raise FileNotFoundError(f"{beside}: not found; a state dict needs its words (word -> id)")
+      raise UserError(f"{beside}: not found; a state dict needs its words (word -> id)")
     word2id = json.loads(beside.read_text(encoding="utf-8"))
   else:
-    modules = half.source.module.attributes.get("_modules", {})
-    text = modules.get("text_model")
+    module = half.source.module
+    for name in half.prefix.split(".")[:-1]:
+      module = module.attributes["_modules"][name]
+    text = module.attributes["_modules"].get("text_model")
     vocabulary = text.attributes.get("vocab") if isinstance(text, pickles.Stub) else None
     word2id = vocabulary.attributes.get("word2id") if isinstance(vocabulary, pickles.Stub) else None
   if not isinstance(word2id, dict):
-    raise ValueError(f"{path}: no vocabulary (text_model.vocab.word2id) in it")
+    raise UserError(f"{path}: no vocabulary (text_model.vocab.word2id) in it")
   return word2id

@@ -14,6 +14,7 @@ import safetensors.numpy
 from configs import default
 from crn_jax import state
 from crn_jax.convert import backbone, hub, recognise, timm, torchvision
+from crn_jax.errors import UserError
 from crn_jax.models.backbones import resnet
 from crn_jax.workdir import weights
 from tests.convert import small_swin
@@ -80,7 +81,7 @@ def test_folders_with_either_file(tmp_path):
   (tmp_path / "a").mkdir()
   torch.save(as_torch(SAFETENSORS["huggingface"]), tmp_path / "a" / "pytorch_model.bin")
   assert_converts(tmp_path / "a", tmp_path)
-  with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+  with pytest.raises(UserError, match="none of model.safetensors, .*pytorch_model.bin"):
     backbone.convert(tmp_path, tmp_path / "other")
 
 
@@ -110,7 +111,7 @@ def test_every_wrong_tensor_is_named(tmp_path):
   tensors["layers.0.blocks.0.extra"] = np.zeros(2, np.float32)
   tensors["layers.1.blocks.0.attn.proj.weight"] = np.zeros((16, 15), np.float32)
   path = write(tmp_path / "model.safetensors", tensors)
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     backbone.convert(path, tmp_path / "out")
   message = str(error.value)
   assert message.startswith(f"{path}: not the weights of this Swin Transformer (3 differences)")
@@ -124,7 +125,7 @@ def test_a_part_of_query_key_value_that_is_missing_is_named(tmp_path):
   tensors = dict(SAFETENSORS["huggingface"])
   del tensors["swin.encoder.layers.0.blocks.0.attention.self.key.bias"]
   path = write(tmp_path / "model.safetensors", tensors)
-  with pytest.raises(ValueError, match="missing layers.0.blocks.0.attn.qkv.bias"):
+  with pytest.raises(UserError, match="missing layers.0.blocks.0.attn.qkv.bias"):
     backbone.convert(path, tmp_path / "out")
 
 
@@ -134,26 +135,26 @@ def test_a_part_of_query_key_value_that_is_missing_is_named(tmp_path):
     (["head.weight", "head.bias"], "a classifier alone"),
     (["cls_token", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight"], "Vision Transformer"),
     (["layers.0.blocks.0.attn.logit_scale", "layers.0.blocks.0.norm1.weight"], "Transformer V2"),
-    (["a"], "nothing known"),
+    (["a"], "no model that is known here"),
   ],
 )
 def test_strangers_are_refused_with_what_they_look_like(names, looks_like, tmp_path):
   path = write(tmp_path / "other.safetensors", dict.fromkeys(names, np.zeros(2, np.float32)))
-  with pytest.raises(ValueError, match=looks_like) as error:
+  with pytest.raises(UserError, match=looks_like) as error:
     backbone.convert(path, tmp_path / "out")
   assert str(path) in str(error.value)
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-  with pytest.raises(FileNotFoundError, match="none.safetensors: not found"):
+  with pytest.raises(UserError, match="none.safetensors: not found"):
     backbone.convert(tmp_path / "none.safetensors", tmp_path / "out")
   for name, content, message in (
     ("empty.pth", b"", "empty file"),
-    ("text.safetensors", b"no", "not a readable safetensors file"),
-    ("text.pth", b"no", "not a PyTorch file"),
+    ("text.safetensors", b"no", "neither a safetensors file nor one of torch.save: .*b'no'"),
+    ("text.pth", b"no", "neither a safetensors file nor one of torch.save"),
   ):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}: {message}"):
+    with pytest.raises(UserError, match=f"{name}: {message}"):
       backbone.convert(tmp_path / name, tmp_path / "out")
 
 
@@ -161,7 +162,7 @@ def test_an_existing_folder_is_replaced_only_on_demand(tmp_path):
   path = write(tmp_path / "model.safetensors", SAFETENSORS["timm"])
   (tmp_path / "out").mkdir()
   (tmp_path / "out" / "mine").write_text("mine")
-  with pytest.raises(FileExistsError, match="--force"):
+  with pytest.raises(UserError, match="--force"):
     backbone.convert(path, tmp_path / "out")
   assert (tmp_path / "out" / "mine").read_text() == "mine"
   backbone.convert(path, tmp_path / "out", force=True)
@@ -226,7 +227,7 @@ def test_the_hub_is_asked_and_its_failure_told(tmp_path, monkeypatch):
     raise ConnectionError("no route to host")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-  with pytest.raises(ValueError, match="--hub=timm/swin: cannot be downloaded .*no route to host"):
+  with pytest.raises(UserError, match="--hub=timm/swin: cannot be downloaded .*no route to host"):
     hub.download("timm/swin")
 
 
@@ -247,7 +248,7 @@ def test_published_names_are_all_known(size):
   model = load_json("timm_swin_keys.json")["models"][f"swin_{size}_patch4_window7_224"]
   keys = model["keys"]
   tensors = {name: np.broadcast_to(np.float32(0), shape) for name, shape in keys.items()}
-  kind = recognise.recognise(tensors, "file")
+  kind, _ = recognise.recognise(tensors, "file")
   kept, left_out = recognise.split(tensors, kind.left_out)
   assert set(left_out) == {"head.fc.weight", "head.fc.bias"}
   arguments, params = timm.load(kind.rename(kept), "file")
@@ -262,7 +263,7 @@ def test_torchvision_resnet(tmp_path):
     lambda x: module.init(jax.random.key(0), x, train=False), np.zeros((1, 32, 32, 3))
   )
   rng = np.random.default_rng(0)
-  variables = jax.tree.map(lambda s: rng.normal(size=s.shape).astype(np.float32), like)
+  variables = jax.tree.map(lambda s: rng.uniform(0.5, 1, s.shape).astype(np.float32), like)
   tensors = torchvision.to_torchvision(variables) | {"fc.bias": np.zeros(3, np.float32)}
   torch.save(as_torch(tensors), tmp_path / "resnet50.pth")
   said = assert_converts(tmp_path / "resnet50.pth", tmp_path, variables)

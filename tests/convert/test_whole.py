@@ -12,6 +12,7 @@ import safetensors.numpy
 from configs import default
 from crn_jax import state, train
 from crn_jax.convert import recognise, release, timm, whole
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import RESERVED, Vocabulary
 from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
@@ -180,19 +181,56 @@ def test_it_is_evaluated_and_trained_further(converted, config, quick_compile):
 
 def test_files_that_do_not_belong_together_are_refused(modules, files, config, tmp_path):
   local = files / "local_model.pt"
-  with pytest.raises(ValueError, match="both are local models"):
+  with pytest.raises(UserError, match="both are local models"):
     whole.convert([local, local], tmp_path / "out", config)
   module = modules["global"]
   words = module.text_model.vocab.word2id
   module.text_model.vocab.word2id = {**words, "new": len(words)}
   torch.save(module, tmp_path / "global.pt")
   module.text_model.vocab.word2id = words
-  with pytest.raises(ValueError, match="different vocabularies"):
+  with pytest.raises(UserError, match="different vocabularies"):
     whole.convert([local, tmp_path / "global.pt"], tmp_path / "out", config)
   (tmp_path / "half").mkdir()
   (tmp_path / "half" / "local_model.pt").write_bytes(local.read_bytes())
-  with pytest.raises(FileNotFoundError, match="global_model.pt: not found; a whole model is two"):
+  with pytest.raises(UserError, match="global_model.pt: not found; a whole model is two"):
     whole.paths_of(str(tmp_path / "half"))
+
+
+def test_wrapped_models_are_the_same(modules, files, config, tmp_path):
+  """DataParallel, whole and as a state dict in a checkpoint."""
+  whole.convert(whole.paths_of(str(files)), tmp_path / "plain", config)
+  whole.export(tmp_path / "plain", tmp_path / "expected")
+  wrapped = {kind: torch.nn.DataParallel(module) for kind, module in modules.items()}
+  words = {word: i for i, word in enumerate(WORDS)}
+  for name, content in (
+    ("whole", wrapped),
+    ("states", {kind: {"net": module.state_dict()} for kind, module in wrapped.items()}),
+  ):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "vocab.json").write_text(json.dumps(words))
+    for kind in crn.BRANCHES:
+      torch.save(content[kind], tmp_path / name / f"{kind}_model.pt")
+    said = whole.convert(whole.paths_of(str(tmp_path / name)), tmp_path / "run", config, force=True)
+    assert said.count("removed from the names: 'module.'") == 2
+    assert said.count("taken from 'net'") == (0 if name == "whole" else 2)
+    whole.export(tmp_path / "run", tmp_path / "out", force=True)
+    for file in ("local_model.safetensors", "global_model.safetensors", "vocab.json"):
+      assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "expected" / file).read_bytes()
+
+
+def test_values_that_are_not_finite_are_named(converted, config, tmp_path):
+  whole.export(converted[0], tmp_path / "out")
+  path = tmp_path / "out" / "global_model.safetensors"
+  tensors = safetensors.numpy.load_file(path)
+  tensors["global_fc.bias"][2] = np.nan
+  variance = next(name for name in tensors if name.endswith("running_var"))
+  tensors[variance][0] = -1
+  safetensors.numpy.save_file(tensors, path)
+  with pytest.raises(UserError) as error:
+    whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
+  assert "global_fc.bias holds 1 of 32 values that are not finite" in str(error.value)
+  assert f"{variance} is a variance, and is negative in 1 places" in str(error.value)
+  assert not (tmp_path / "back").exists()
 
 
 def test_missing_tensors_are_named(converted, config, tmp_path):
@@ -202,7 +240,7 @@ def test_missing_tensors_are_named(converted, config, tmp_path):
   del tensors["global_fc.bias"]
   tensors["extra"] = np.zeros(1, np.float32)
   safetensors.numpy.save_file(tensors, path)
-  with pytest.raises(ValueError) as error:
+  with pytest.raises(UserError) as error:
     whole.convert(whole.paths_of(str(tmp_path / "out")), tmp_path / "back", config)
   assert "missing global_fc.bias" in str(error.value) and "unexpected extra" in str(error.value)
   assert not (tmp_path / "back").exists()
@@ -217,7 +255,7 @@ def test_clvc_net_comes_in_and_goes_out(tmp_path, prefix):
   config.data.update(image_size=32, max_words=8)
   shapes = jax.eval_shape(lambda: CRN(config, len(WORDS)).init(jax.random.key(0)))
   rng = np.random.default_rng(0)
-  values = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), shapes)
+  values = jax.tree.map(lambda x: rng.uniform(0.5, 1, x.shape).astype(np.float32), shapes)
   words = {word: i for i, word in enumerate(WORDS)}
   (tmp_path / "in").mkdir()
   (tmp_path / "in" / "vocab.json").write_text(json.dumps(words))
