@@ -19,6 +19,8 @@ from ml_collections.config_flags import config_path
 
 from crn_jax.errors import UserError
 
+_OVERRIDE = r"--?(?:no)?config\.([^=]*)"
+
 
 def parse(argv: list[str], configs: pathlib.Path) -> list[str]:
   """Parses flags, for `app.run(..., flags_parser=...)`.
@@ -38,6 +40,8 @@ def parse(argv: list[str], configs: pathlib.Path) -> list[str]:
     sys.argv = argv = complete(flags.FLAGS.read_flags_from_files(argv, force_gnu=False), configs)
     if (config := _value(argv, "config")) is not None:
       _check_overrides(argv, load(config, configs))
+    elif overrides := [arg for arg in argv[1:] if re.match(_OVERRIDE, arg)]:
+      raise UserError(f"{overrides[0]}: needs a configuration, e.g. --config=configs/demo.py")
     rest = flags.FLAGS(argv)
     if len(rest) > 1:
       raise UserError(f"unknown arguments {rest[1:]}; options are written --name=value")
@@ -83,10 +87,10 @@ def load(config: str, configs: pathlib.Path) -> ml_collections.ConfigDict:
   if not path.is_file():
     from crn_jax.configuration import did_you_mean
 
-    folders = dict.fromkeys((path.parent, pathlib.Path(os.path.relpath(configs))))
-    known = [str(p) for f in folders for p in sorted(f.glob("*.py")) if p.stem != "__init__"]
+    known = {p.stem: os.path.relpath(p) for f in (configs, path.parent) for p in f.glob("*.py")}
     what = "is a folder, not a file" if path.is_dir() else "no such file"
-    raise UserError(f"--config={name}: {what}{did_you_mean(name, known)}")
+    hint = did_you_mean(path.stem, known) or f"; there are {', '.join(sorted(known.values()))}"
+    raise UserError(f"--config={name}: {what}{hint}")
   try:
     found = _module(path)
     if not hasattr(found, "get_config"):
@@ -137,7 +141,7 @@ def _module(path: pathlib.Path) -> ModuleType:
 def _check_overrides(argv: list[str], config: ml_collections.ConfigDict) -> None:
   """Raises UserError for --config.FIELD of a field that there is not."""
   for arg in argv[1:]:
-    if match := re.match(r"--?(?:no)?config\.([^=]*)", arg):
+    if match := re.match(_OVERRIDE, arg):
       try:
         config_path.get_value(match[1], config)
       except Exception:
@@ -145,7 +149,10 @@ def _check_overrides(argv: list[str], config: ml_collections.ConfigDict) -> None
         from crn_jax.workdir import run
 
         fields = run.flat(config.to_dict())
-        hint = configuration.did_you_mean(match[1], fields) or "; configs/default.py has them all"
+        hint = (
+          configuration.did_you_mean(match[1], {f: f for f in fields})
+          or "; configs/default.py has them all"
+        )
         raise UserError(f"--config.{match[1]}: no such field{hint}") from None
 
 

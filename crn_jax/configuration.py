@@ -222,7 +222,9 @@ def _protocol(best_metric: str, dataset: str) -> str | None:
 
 def _metric(best_metric: str, recall_at: tuple) -> str | None:
   known = [f"R@{k}" for k in recall_at]
-  return None if best_metric.partition("/")[2] in known else f"{' or '.join(known)} behind it"
+  return (
+    None if best_metric.partition("/")[2] in known else f"{' or '.join(known)} behind the slash"
+  )
 
 
 def _losses(*weights: float) -> str | None:
@@ -273,31 +275,31 @@ def check(
 
 def expand_paths(config: ml_collections.ConfigDict) -> None:
   """Replaces the leading ~ of the fields in `PATHS` by the home folder, in place."""
+  fields = run.flat(config.to_dict())
   for name in PATHS:
-    *groups, field = name.split(".")
-    holder = config
-    for group in groups:
-      holder = holder[group]
-    if holder[field].startswith("~"):  # Else untouched: one of them follows another field.
-      holder[field] = os.path.expanduser(holder[field])
+    # Others stay untouched: one of them follows another field. What is no text is `check`'s.
+    if isinstance(path := fields.get(name), str) and path.startswith("~"):
+      config.update_from_flattened_dict({name: os.path.expanduser(path)})
 
 
-def did_you_mean(name: str, known: Collection[str]) -> str:
+def did_you_mean(name: str, known: Mapping[str, str]) -> str:
   """A question to end a message about an unknown name with, or nothing.
 
-  A field is found by its last part, too: 'root' -> 'data.root'.
+  Args:
+    name: what is unknown. The last part of a field's name finds the field: 'root' -> 'data.root'.
+    known: name -> what to say for it.
   """
-  close = difflib.get_close_matches(name, known)
+  close = difflib.get_close_matches(name, known, cutoff=0.7)
   if not close:
     by_end = {other.rpartition(".")[2]: other for other in reversed(list(known))}
-    ends = difflib.get_close_matches(name.rpartition(".")[2], by_end, cutoff=0.75)
+    ends = difflib.get_close_matches(name.rpartition(".")[2], by_end, cutoff=0.7)
     close = [by_end[end] for end in ends]
-  return f"; did you mean {' or '.join(close)}?" if close else ""
+  return f"; did you mean {' or '.join(known[other] for other in close)}?" if close else ""
 
 
 def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator[str]:
   for name in fields.keys() - RULES.keys():
-    yield f"{name} = {fields[name]!r}: no such field{did_you_mean(name, RULES)}"
+    yield f"{name} = {fields[name]!r}: no such field{did_you_mean(name, {n: n for n in RULES})}"
   valid = {}
   for name, rule in RULES.items():
     if name not in fields:
