@@ -29,7 +29,7 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
       )
     saved = run.load_config(os.path.dirname(path))
     config = default.get_config()
-    config.update(_tuples(saved.to_dict()))
+    _fill(config, saved.to_dict())
     return config
   except (UserError, TypeError) as error:  # TypeError: a value of another type than the default.
     prefix = f"{path}: " if isinstance(error, TypeError) else ""
@@ -37,8 +37,10 @@ def get_config(workdir: str = "") -> ml_collections.ConfigDict:
     raise flags.IllegalFlagValueError(f"{prefix}{error}") from error
 
 
-def _tuples(value):
-  """JSON's lists as tuples."""
-  if isinstance(value, dict):
-    return {key: _tuples(v) for key, v in value.items()}
-  return tuple(value) if isinstance(value, list) else value
+def _fill(config: ml_collections.ConfigDict, saved: dict) -> None:
+  """Puts saved values, JSON's lists as tuples, in the place of the defaults."""
+  for name, value in saved.items():
+    if isinstance(value, dict) and isinstance(config.get(name), ml_collections.ConfigDict):
+      _fill(config[name], value)
+    else:
+      config[name] = tuple(value) if isinstance(value, list) else value

@@ -298,7 +298,7 @@ def did_you_mean(name: str, known: Mapping[str, str]) -> str:
 
 
 def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator[str]:
-  for name in fields.keys() - RULES.keys():
+  for name in (name for name in fields if name not in RULES):
     yield f"{name} = {fields[name]!r}: no such field{did_you_mean(name, {n: n for n in RULES})}"
   valid = {}
   for name, rule in RULES.items():

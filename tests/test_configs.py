@@ -51,7 +51,7 @@ def test_every_configuration_can_be_used(name):
 @pytest.mark.parametrize("names", ["", "clvc_net", "crn_released,swin_tiny"])
 def test_a_runs_configuration_is_read_back_with_its_types(name, names, tmp_path):
   config = importlib.import_module(f"configs.{name}").get_config(names)
-  config.model.backbone.update(mean=(0.5, 0.5, 0.5), drop_path_rate=0.0)
+  config.model.backbone.mean = (0.5, 0.5, 0.5)
   run.save_config(config, tmp_path)
   found = saved.get_config(str(tmp_path))
   assert found.to_dict() == config.to_dict()
