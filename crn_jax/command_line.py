@@ -122,11 +122,11 @@ def loss(workdir: str | os.PathLike) -> str:
   names = [path.name for path in run.written(workdir)]
   if not names:
     return f"--overwrite: {workdir} holds no run yet"
-  steps = checkpoint.steps(pathlib.Path(workdir) / "checkpoints")
-  of_steps = f" (of steps {', '.join(map(str, sorted(steps)))})" if steps else ""
+  if steps := checkpoint.steps(pathlib.Path(workdir) / "checkpoints"):
+    names[0] += f" (steps {', '.join(map(str, sorted(steps)))})"
   return (
-    f"--overwrite: before training starts, the run in {workdir} is removed{of_steps}: "
-    f"{', '.join(names)}; other files stay"
+    f"--overwrite: before training starts, the run in {workdir} is removed: {', '.join(names)}; "
+    f"other files stay"
   )
 
 
