@@ -15,7 +15,6 @@ from types import ModuleType
 
 import ml_collections
 from absl import flags
-from ml_collections.config_flags import config_path
 
 from crn_jax.errors import UserError
 
@@ -139,21 +138,17 @@ def _module(path: pathlib.Path) -> ModuleType:
 
 
 def _check_overrides(argv: list[str], config: ml_collections.ConfigDict) -> None:
-  """Raises UserError for --config.FIELD of a field that there is not."""
-  for arg in argv[1:]:
-    if match := re.match(_OVERRIDE, arg):
-      try:
-        config_path.get_value(match[1], config)
-      except Exception:
-        from crn_jax import configuration
-        from crn_jax.workdir import run
+  """Raises UserError for --config.FIELD where FIELD is neither a field nor a group of fields."""
+  from crn_jax import configuration
+  from crn_jax.workdir import run
 
-        fields = run.flat(config.to_dict())
-        hint = (
-          configuration.did_you_mean(match[1], {f: f for f in fields})
-          or "; configs/default.py has them all"
-        )
-        raise UserError(f"--config.{match[1]}: no such field{hint}") from None
+  fields = run.flat(config.to_dict())
+  for arg in argv[1:]:
+    match = re.match(_OVERRIDE, arg)
+    if match and not any(f"{field}.".startswith(f"{match[1]}.") for field in fields):
+      hint = configuration.did_you_mean(match[1], {field: field for field in fields})
+      hint = hint or "; configs/default.py has them all"
+      raise UserError(f"--config.{match[1]}: no such field{hint}")
 
 
 def _in_words(error: Exception) -> str:
@@ -162,7 +157,8 @@ def _in_words(error: Exception) -> str:
     from crn_jax.configuration import RULES
 
     if match[1] in RULES:
-      return f"--config.{match[1]}={match[2]}: expected {RULES[match[1]].expected}"
+      expected = RULES[match[1]].expected.removesuffix(", or None")  # Which cannot be given here.
+      return f"--config.{match[1]}={match[2]}: expected {expected}"
   return str(error)
 
 

@@ -152,6 +152,32 @@ def check_refused(config, message):
   assert re.search(message, str(error.value)), str(error.value)
 
 
+class TestFields:
+  @pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+      ("--config.bath_size=3", "did you mean batch_size"),
+      ("--config.model.backbne.depths=3", "did you mean model.backbone.depths"),
+      ("-config.root=x", r"did you mean data.root\?"),
+      ("--noconfig.keep_map", r"did you mean model.keep_map\?"),
+      ("--config.seed.x=3", r"did you mean seed\?"),
+      ("--config.eval.recall_at[0]=3", "did you mean eval.recall_at"),
+      ("--config.keys=3", "configs/default.py has them all"),
+      ("--config.=3", "configs/default.py has them all"),
+    ],
+  )
+  def test_one_that_is_not_there(self, option, hint):
+    argv = ["main.py", f"--config={CONFIGS}/demo.py", option]
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(sys, "argv", argv)
+      with pytest.raises(SystemExit) as stop:
+        command_line.parse(argv, CONFIGS)
+    name = option.partition("config.")[2].partition("=")[0]
+    assert re.fullmatch(
+      f"error: --config.{re.escape(name)}: no such field; {hint}.*", stop.value.code
+    )
+
+
 class TestCompletedCommand:
   def complete(self, *options):
     program, *rest = command_line.complete(["main.py", *options], pathlib.Path("c"))
@@ -233,6 +259,9 @@ def get_config():
   config.num_epochs = 20
   config.eval.every_epochs = 20
   config.log_every_steps = 1
+  # As little to compile as can be.
+  config.update_mode = "simultaneous"
+  config.loss.modification = config.loss.auxiliary = 0.0
   return config
 """
 
