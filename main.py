@@ -1,7 +1,8 @@
 """Trains, evaluates, compares CRN, or checks its data: python main.py --config=configs/demo.py."""
 
+import functools
 import os
-import shlex
+import pathlib
 import sys
 
 # Before TensorFlow is first imported: its start-up notices are of no use to anybody here.
@@ -11,11 +12,15 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from crn_jax import command_line
 from crn_jax.errors import UserError
 from crn_jax.workdir.interrupt import Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
+  "config",
+  None,
+  "Configuration file, with a preset after a colon: configs/demo.py:crn_released. Not needed to "
+  "continue or evaluate the run in --workdir, which has its own.",
 )
 _MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare", "prepare"], "What to do.")
 _WORKDIR = flags.DEFINE_string(
@@ -25,17 +30,20 @@ _WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of the runs that --mode=c
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
 )
-_OVERWRITE = flags.DEFINE_bool("overwrite", False, "Remove the run in --workdir and train anew.")
+_OVERWRITE = flags.DEFINE_bool(
+  "overwrite",
+  False,
+  "Remove the run in --workdir (checkpoints, records, results; other files stay) and train anew.",
+)
 
 
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; options are written --name=value")
+  del argv
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
   try:
     print(_run(_MODE.value))
   except Interrupted as stop:
-    command = shlex.join([os.path.basename(sys.executable), *sys.argv])
+    command = command_line.again()
     print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
     raise SystemExit(128 + stop.signal) from None
   except (UserError, OSError) as error:
@@ -45,25 +53,37 @@ def main(argv):
 
 def _run(mode: str) -> str:
   # Imported here: comparing runs starts neither JAX nor TensorFlow.
-  config = _CONFIG.value
-  if mode != "compare" and config is None:
-    raise app.UsageError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py")
-  default = "compare" if mode == "compare" else config.name
-  workdir = os.path.expanduser(_WORKDIR.value or os.path.join("runs", default))
   if mode == "compare":
     from crn_jax.reports import compare
 
-    return compare.compare(_WORKDIRS.value, workdir)
+    workdirs = [os.path.expanduser(workdir) for workdir in _WORKDIRS.value]
+    return compare.compare(workdirs, _workdir("compare"))
+  config = _CONFIG.value
+  if config is None:
+    of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"
+    raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
+  from crn_jax import configuration
+
+  configuration.expand_paths(config)
   if mode == "prepare":
     from crn_jax.input_pipeline import prepare
 
+    configuration.check(config)
     return prepare.prepare(config)
   from crn_jax import train
 
+  workdir = _workdir(config.name)
   if mode == "eval":
     return train.evaluate_run(config, workdir, _CHECKPOINT.value)
+  if _OVERWRITE.value:
+    print(command_line.loss(workdir))
   return train.train(config, workdir, overwrite=_OVERWRITE.value)
 
 
+def _workdir(name: str) -> str:
+  return os.path.expanduser(_WORKDIR.value or os.path.join("runs", name))
+
+
 if __name__ == "__main__":
-  app.run(main)
+  configs = pathlib.Path(__file__).parent / "configs"
+  app.run(main, flags_parser=functools.partial(command_line.parse, configs=configs))

@@ -3,7 +3,8 @@
 A configuration takes a preset, a backbone or both after a colon, joined by a comma:
 `--config=configs/fashioniq_dress.py:crn_released`, `:swin_base`, `:crn_released,swin_base`. Without
 them they are `crn` and the preset's own backbone. Any field can be changed on the command line:
-`--config.batch_size=32`.
+`--config.batch_size=32`. What a field may be is checked by `crn_jax/configuration.py`, where a new
+field needs a rule.
 """
 
 import ml_collections
@@ -85,7 +86,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # Width that the last map is lifted to; None keeps the backbone's, without a layer.
   model.map_dim = config_dict.placeholder(int)
   model.map_dim = 2048
-  model.feature_dim = 1024  # Of vectors and words; a multiple of 64.
+  model.feature_dim = 1024  # Of vectors and words; a multiple of 32.
   model.word_dim = 768
   model.keep_map = True  # Keep the positions of the last map; False pools it to 1 x 1.
   model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.

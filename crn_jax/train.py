@@ -9,7 +9,7 @@ import jax
 import ml_collections
 import optax
 
-from crn_jax import evaluate, state
+from crn_jax import configuration, evaluate, state
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
@@ -104,9 +104,10 @@ class Training:
     Raises:
       UserError: see `train`.
     """
+    n_devices = jax.device_count()
+    configuration.check(config, train_devices=n_devices, eval_devices=n_devices)
     run.check_folder(workdir)
     parallel = DataParallel.create(config.parallel.mode)
-    parallel.check_batch_size(config.batch_size, "batch_size")
     resumes = bool(checkpoint.steps(workdir / "checkpoints")) and not overwrite
     if resumes:
       run.check_config(config, workdir, run.free_fields(config))
@@ -328,6 +329,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     UserError: if `workdir` holds no trained run, or the configuration is not the run's.
   """
   workdir = pathlib.Path(workdir)
+  configuration.check(config, eval_devices=jax.device_count())
   run.check_trained(workdir)
   run.check_config(config, workdir, free=run.FREE_FIELDS)
   parallel = DataParallel.create(config.parallel.mode)

@@ -1,6 +1,8 @@
 """Configurations: presets and backbones after the colon, their names, their values."""
 
 import importlib
+import itertools
+import json
 import pathlib
 
 import jax
@@ -10,13 +12,17 @@ import torch
 from absl import flags
 
 from configs import default
+from configs import run as saved
+from crn_jax import configuration
 from crn_jax.convert import layout, timm
 from crn_jax.models.backbones import registry
+from crn_jax.workdir import run
 from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvision)
 
 import timm as timm_models  # isort: skip
 
-CONFIGS = sorted(p.stem for p in (pathlib.Path(default.__file__).parent).glob("*.py"))
+# Published ones; `run` is that of a run that is there.
+CONFIGS = sorted({p.stem for p in pathlib.Path(default.__file__).parent.glob("*.py")} - {"run"})
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -32,6 +38,59 @@ def test_every_configuration_takes_a_preset_a_backbone_or_both(name, names):
   registry.create(config.model.backbone)
   if name != "default":
     assert config.name == f"{name}_{config.preset}"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_configuration_can_be_used(name):
+  get_config = importlib.import_module(f"configs.{name}").get_config
+  for preset, backbone in itertools.product(default.PRESETS, registry.BACKBONES):
+    configuration.check(get_config(f"{preset},{backbone}"))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("names", ["", "clvc_net", "crn_released,swin_tiny"])
+def test_a_runs_configuration_is_read_back_with_its_types(name, names, tmp_path):
+  config = importlib.import_module(f"configs.{name}").get_config(names)
+  config.model.backbone.mean = (0.5, 0.5, 0.5)
+  run.save_config(config, tmp_path)
+  found = saved.get_config(str(tmp_path))
+  assert found.to_dict() == config.to_dict()
+  types = [{k: type(v) for k, v in run.flat(c.to_dict()).items()} for c in (found, config)]
+  assert types[0] == types[1]
+  configuration.check(found)
+  run.check_config(found, tmp_path, free=())
+  found.data.root = "elsewhere"  # As on the command line; another type is refused there.
+  with pytest.raises(TypeError):
+    found.eval.recall_at = "elsewhere"
+
+
+def test_a_run_that_is_older_than_a_field_is_read_back(tmp_path):
+  config = default.get_config()
+  run.save_config(config, tmp_path)
+  old = json.loads((tmp_path / "config.json").read_text())
+  del old["method"], old["model"]["backbone"]["mean"]
+  (tmp_path / "config.json").write_text(json.dumps(old))
+  found = saved.get_config(str(tmp_path))
+  assert found.to_dict() == config.to_dict()
+  run.check_config(found, tmp_path, free=())
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    (None, "config.json: no run to take the configuration from"),
+    ("{", "config.json: not valid JSON"),
+    ("[]", "config.json: expected an object"),
+    ('{"batch_size": "many"}', "config.json: .*batch_size"),
+    ('{"eval": 3}', "config.json: .*eval"),
+  ],
+)
+def test_a_folder_without_a_configuration_is_refused_in_one_line(content, message, tmp_path):
+  if content is not None:
+    (tmp_path / "config.json").write_text(content)
+  with pytest.raises(flags.IllegalFlagValueError, match=message) as error:
+    saved.get_config(str(tmp_path))
+  assert "\n" not in str(error.value)
 
 
 def test_the_order_does_not_matter():

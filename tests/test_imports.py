@@ -25,9 +25,11 @@ ALLOWED = {
   "retrieval": {"methods", "parallel", "input_pipeline"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},
+  "configuration": {"input_pipeline", "methods", "models", "workdir.run"},
+  "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
-  "train": {"evaluate", "input_pipeline", "methods", "parallel", "reports", "retrieval", "state",
-            "workdir"},
+  "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "reports",
+            "retrieval", "state", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

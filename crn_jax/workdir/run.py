@@ -94,16 +94,20 @@ def check_trained(workdir: str | os.PathLike) -> None:
       )
 
 
+def written(workdir: str | os.PathLike) -> list[pathlib.Path]:
+  """What a run has written to its folder, which may not be there."""
+  return [path for pattern in _WRITTEN for path in sorted(pathlib.Path(workdir).glob(pattern))]
+
+
 def remove(workdir: str | os.PathLike) -> None:
   """Removes everything that a run writes; other files stay."""
-  for pattern in _WRITTEN:
-    for path in pathlib.Path(workdir).glob(pattern):
-      if path.is_dir():
-        # At once out of the way: half of the checkpoints must not be taken for a run.
-        removed = path.rename(path.with_name(f".{path.name}.removed"))
-        shutil.rmtree(removed)
-      else:
-        path.unlink()
+  for path in written(workdir):
+    if path.is_dir():
+      # At once out of the way: half of the checkpoints must not be taken for a run.
+      removed = path.rename(path.with_name(f".{path.name}.removed"))
+      shutil.rmtree(removed)
+    else:
+      path.unlink()
 
 
 def write_json(content: dict, path: pathlib.Path) -> None:
