@@ -20,21 +20,19 @@ class Preprocessing:
   std: tuple[float, float, float]
   interpolation: str
 
-  def normalize(self, pictures, dtype=np.float32):
+  def normalize(self, pictures):
     """(x / 255 - mean) / std per channel.
 
     Takes NumPy or JAX arrays and gives back the same sort; works under `jax.jit`.
 
     Args:
       pictures: [..., h, w, 3] uint8.
-      dtype: of the result; the arithmetic is float32, or float64 if dtype is.
 
     Returns:
-      [..., h, w, 3] dtype.
+      [..., h, w, 3] float32.
     """
-    compute = np.float64 if np.dtype(dtype) == np.float64 else np.float32
-    mean, std = np.asarray(self.mean, compute), np.asarray(self.std, compute)
-    return ((pictures.astype(compute) / compute(255) - mean) / std).astype(dtype)
+    mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+    return (pictures.astype(np.float32) / np.float32(255) - mean) / std
 
 
 # Pictures are resized as the PyTorch release does it, whatever the weights were trained with.
