@@ -129,6 +129,7 @@ def test_crop_larger_than_the_resized_image_is_refused():
     images.check_sizes(resize=224, image_size=256)
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
 def test_every_colour_mode_becomes_rgb(tmp_path, mode):
   path = tmp_path / ("image.jpg" if mode == "CMYK" else "image.png")
   Image.new("RGB", (3, 2), (204, 204, 204)).convert(mode).save(path)
