@@ -25,6 +25,9 @@ _WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of the runs that --mode=c
 _CHECKPOINT = flags.DEFINE_enum(
   "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
 )
+_COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
+)
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Remove the run in --workdir and train anew.")
 
 
@@ -58,8 +61,9 @@ def _run(mode: str) -> str:
     from crn_jax.input_pipeline import prepare
 
     return prepare.prepare(config)
-  from crn_jax import train
+  from crn_jax import compilation_cache, train
 
+  compilation_cache.enable(_COMPILATION_CACHE.value)
   if mode == "eval":
     return train.evaluate_run(config, workdir, _CHECKPOINT.value)
   return train.train(config, workdir, overwrite=_OVERWRITE.value)

@@ -16,6 +16,7 @@ PACKAGE = pathlib.Path(crn_jax.__file__).parent
 # Folder or module of the package -> what it may import of the package, besides itself and `errors`.
 ALLOWED = {
   "errors": set(),
+  "compilation_cache": set(),
   "models": set(),
   "parallel": set(),
   "workdir": {"parallel"},
