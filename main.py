@@ -1,4 +1,4 @@
-"""Trains, evaluates, compares CRN, or checks its data: python main.py --config=configs/demo.py."""
+"""Trains, evaluates, compares, plans CRN, or checks its data: main.py --config=configs/demo.py."""
 
 import os
 import shlex
@@ -17,7 +17,9 @@ from crn_jax.workdir.interrupt import Interrupted
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "Configuration file, with a preset after a colon: configs/demo.py:crn_released."
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare", "prepare"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "compare", "prepare", "plan"], "What to do."
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
 )
@@ -28,6 +30,7 @@ _CHECKPOINT = flags.DEFINE_enum(
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
 )
+_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan finds as JSON.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Remove the run in --workdir and train anew.")
 
 
@@ -61,9 +64,15 @@ def _run(mode: str) -> str:
     from crn_jax.input_pipeline import prepare
 
     return prepare.prepare(config)
-  from crn_jax import compilation_cache, train
+  from crn_jax import compilation_cache
 
   compilation_cache.enable(_COMPILATION_CACHE.value)
+  if mode == "plan":
+    from crn_jax import plan
+
+    return plan.plan(config, as_json=_JSON.value)
+  from crn_jax import train
+
   if mode == "eval":
     return train.evaluate_run(config, workdir, _CHECKPOINT.value)
   return train.train(config, workdir, overwrite=_OVERWRITE.value)

@@ -24,12 +24,14 @@ ALLOWED = {
   "input_pipeline": {"workdir.files"},
   "initial_values": set(),
   "state": {"initial_values", "methods", "models", "workdir.weights"},
+  "training_step": {"methods", "parallel"},
+  "plan": {"methods", "parallel", "state", "training_step"},
   "retrieval": {"methods", "parallel", "input_pipeline"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
   "train": {"evaluate", "input_pipeline", "methods", "parallel", "reports", "retrieval", "state",
-            "workdir"},
+            "training_step", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 
