@@ -28,6 +28,7 @@ from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 from crn_jax.workdir.interrupt import Interrupted, Interruption
 from crn_jax.workdir.lock import lock
+from crn_jax.workdir.profile import Profile
 from crn_jax.workdir.progress import Progress
 
 
@@ -205,9 +206,12 @@ class Training:
       logs.Log(self.workdir, start) as log,
       Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
       Interruption() as interruption,
+      Profile(self.workdir, config.profile_steps) as profile,
     ):
       for step in range(start + 1, plan.total_steps + 1):
+        profile.before(step)
         placed, metrics = train_step(placed, next(batches))
+        profile.after(step, metrics)
         progress.stepped(metrics)
         signal = interruption.signal  # Once: it may come at any moment.
         epoch = step / plan.steps_per_epoch
