@@ -1,4 +1,4 @@
-"""Trains, evaluates, compares CRN, or checks its data: python main.py --config=configs/demo.py."""
+"""Trains, evaluates, compares, plans CRN, or checks its data: main.py --config=configs/demo.py."""
 
 import functools
 import os
@@ -22,7 +22,9 @@ _CONFIG = config_flags.DEFINE_config_file(
   "Configuration file, with a preset after a colon: configs/demo.py:crn_released. Not needed to "
   "continue or evaluate the run in --workdir, which has its own.",
 )
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "eval", "compare", "prepare"], "What to do.")
+_MODE = flags.DEFINE_enum(
+  "mode", "train", ["train", "eval", "compare", "prepare", "plan"], "What to do."
+)
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
 )
@@ -35,6 +37,10 @@ _OVERWRITE = flags.DEFINE_bool(
   False,
   "Remove the run in --workdir (checkpoints, records, results; other files stay) and train anew.",
 )
+_COMPILATION_CACHE = flags.DEFINE_string(
+  "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan finds as JSON.")
 
 
 def main(argv):
@@ -70,6 +76,14 @@ def _run(mode: str) -> str:
 
     configuration.check(config)
     return prepare.prepare(config)
+  from crn_jax import compilation_cache
+
+  compilation_cache.enable(_COMPILATION_CACHE.value)
+  if mode == "plan":
+    from crn_jax import plan
+
+    configuration.check(config)
+    return plan.plan(config, as_json=_JSON.value)
   from crn_jax import train
 
   workdir = _workdir(config.name)

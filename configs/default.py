@@ -134,6 +134,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.log_every_steps = 50
   # Besides at every evaluation: what a lost machine costs at most.
   config.checkpoint_every_steps = 500
+  # First and last step of a trace for TensorBoard's profiler, e.g. (10, 12); () records none.
+  config.profile_steps = ()
   if preset == "crn_released":
     # What the PyTorch release computes, to the last digit.
     model.keep_map = False

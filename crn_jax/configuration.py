@@ -172,6 +172,11 @@ RULES: dict[str, Rule | Choice] = {
   ),
   "log_every_steps": integer(1),
   "checkpoint_every_steps": integer(1),
+  "profile_steps": several(
+    integer(1),
+    "() or the first and the last step, e.g. (10, 12)",
+    lambda x: not x or (len(x) == 2 and x[0] <= x[1]),
+  ),
 }
 
 

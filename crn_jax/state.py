@@ -6,22 +6,26 @@ import jax
 import ml_collections
 import numpy as np
 
+from crn_jax import initial_values
 from crn_jax.errors import UserError
 from crn_jax.methods.base import Method, TrainState, Variables
 from crn_jax.models.backbones import registry
 from crn_jax.workdir import weights
 
 
-def initial(method: Method, tx, *, pretrained: bool = True) -> TrainState:
+def initial(method: Method, tx) -> TrainState:
   """The state before the first update: random values from `config.seed`.
 
-  Backbones start from `config.model.pretrained`, if it is set and `pretrained`; see
-  `check_pretrained` for what is raised.
+  Backbones start from `config.model.pretrained`, if it is set; see `check_pretrained` for what is
+  raised.
   """
-  variables = jax.jit(method.init)(jax.random.key(method.config.seed))
-  if method.config.model.pretrained and pretrained:
+  key, folder = jax.random.key(method.config.seed), method.config.model.pretrained
+  if folder:
     check_pretrained(method.config)
-    variables = with_pretrained(variables, method.config.model.pretrained)
+    variables = initial_values.draw(method.init, key, without=("backbone",))
+    variables = with_pretrained(variables, folder)
+  else:
+    variables = initial_values.draw(method.init, key)
   return of_variables(method, tx, variables)
 
 
@@ -37,7 +41,10 @@ def abstract(method: Method) -> TrainState:
 
 
 def with_pretrained(variables: Variables, folder: str) -> Variables:
-  """Variables with the backbone of every part from a folder of converted weights."""
+  """Variables with the backbone of every part from a folder of converted weights.
+
+  Only the shapes of the backbones that are there matter.
+  """
   for part in variables["params"]:
     own = {c: tree[part] for c, tree in variables.items() if "backbone" in tree[part]}
     if own:

@@ -3,13 +3,13 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import ml_collections
 import optax
 
-from crn_jax import configuration, evaluate, state
+from crn_jax import configuration, evaluate, state, training_step
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
@@ -20,7 +20,7 @@ from crn_jax.input_pipeline.remarks import remarks
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
-from crn_jax.parallel import AXIS, REPLICATED, DataParallel
+from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
 from crn_jax.retrieval.encode import Encoder
@@ -28,6 +28,7 @@ from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 from crn_jax.workdir.interrupt import Interrupted, Interruption
 from crn_jax.workdir.lock import lock
+from crn_jax.workdir.profile import Profile
 from crn_jax.workdir.progress import Progress
 
 
@@ -200,15 +201,18 @@ class Training:
     """Steps start + 1 to the last: last state and evaluation."""
     plan, config = self.plan, self.config
     schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-    train_step = self._compiled_step()
+    train_step = training_step.compiled(self.method, self.tx, self.parallel)
     batches = self._batches(start)
     with (
       logs.Log(self.workdir, start) as log,
       Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
       Interruption() as interruption,
+      Profile(self.workdir, config.profile_steps) as profile,
     ):
       for step in range(start + 1, plan.total_steps + 1):
+        profile.before(step)
         placed, metrics = train_step(placed, next(batches))
+        profile.after(step, metrics)
         progress.stepped(metrics)
         signal = interruption.signal  # Once: it may come at any moment.
         epoch = step / plan.steps_per_epoch
@@ -229,12 +233,6 @@ class Training:
           checkpoints.require(step)
           raise Interrupted(step, signal)
     return placed, evaluation
-
-  def _compiled_step(self) -> Callable:
-    def step(train_state, batch):
-      return self.method.train_step(self.tx, train_state, batch)
-
-    return self.parallel.map(step, (REPLICATED, REPLICATED), donate_first=True)
 
   def _batches(self, start: int) -> Iterator:
     """Device batches of steps start .. total_steps - 1."""

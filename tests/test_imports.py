@@ -16,12 +16,16 @@ PACKAGE = pathlib.Path(crn_jax.__file__).parent
 # Folder or module of the package -> what it may import of the package, besides itself and `errors`.
 ALLOWED = {
   "errors": set(),
+  "compilation_cache": set(),
   "models": set(),
   "parallel": set(),
   "workdir": {"parallel"},
   "methods": {"models"},
   "input_pipeline": {"workdir.files"},
-  "state": {"methods", "models", "workdir.weights"},
+  "initial_values": set(),
+  "state": {"initial_values", "methods", "models", "workdir.weights"},
+  "training_step": {"methods", "parallel"},
+  "plan": {"methods", "parallel", "state", "training_step"},
   "retrieval": {"methods", "parallel", "input_pipeline"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},
@@ -29,7 +33,7 @@ ALLOWED = {
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
   "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "reports",
-            "retrieval", "state", "workdir"},
+            "retrieval", "state", "training_step", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

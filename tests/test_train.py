@@ -50,7 +50,9 @@ def finished(quick_compile, root, tmp_path_factory):
   workdir = tmp_path_factory.mktemp("run") / "a"
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(DataParallel, "map", recording)
-    shown = train.train(configured(root), workdir)
+    config = configured(root)
+    config.profile_steps = (2, 3)
+    shown = train.train(config, workdir)
   return workdir, compiled, shown
 
 
@@ -59,6 +61,7 @@ def test_a_run_leaves_its_files(finished):
   for name in ("config.json", "vocab.json", "eval.json", "checkpoints"):
     assert (workdir / name).exists()
   assert list(workdir.glob("events.out.tfevents.*"))
+  assert list(workdir.glob("plugins/profile/*/*.xplane.pb"))
   with Image.open(workdir / "pictures" / "retrieval_dress.png") as picture:
     assert picture.width > 1000
   assert "retrieval_dress.png" in shown

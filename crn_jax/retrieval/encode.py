@@ -1,9 +1,11 @@
 """Retrieval vectors of images and queries, every distinct image encoded once.
 
 Maps of reference images are large (7 x 7 x 2048 floats a branch), so queries are composed right
-after the batch of images that holds their references, and no map outlives its batch.
+after the batch of images that holds their references, and no map outlives its batch. Vectors are
+fetched a batch later, so that the device need not wait.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -18,6 +20,9 @@ from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods.base import Method, QueryVectors
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
 from crn_jax.retrieval import ranking
+
+# Batches of images that the device is given beyond the one whose vectors are fetched.
+_AHEAD = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,19 +108,27 @@ class Encoder:
       total=n_images, desc=f"encode {split.name}", unit="image", leave=False,
       disable=None,  # A log file needs no animation.
     )  # fmt: skip
+    under_way = collections.deque()  # A batch of images: [(array to fill, rows, device array)].
+
+    def finish_one():
+      for array, rows, values in under_way.popleft():
+        array[rows] = self.parallel.fetch(values)[: len(rows)]
+      progress.update(min(batch, n_images - progress.n))
+
     for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
       references, image_vectors = self.encode_images(variables, placed)
-      rows = slice(i * batch, min((i + 1) * batch, n_images))
-      vectors[rows] = self.parallel.fetch(image_vectors)[: rows.stop - rows.start]
+      started = [(vectors, np.arange(i * batch, min((i + 1) * batch, n_images)), image_vectors)]
       due = np.flatnonzero(split.queries.reference // batch == i)
       for start in range(0, len(due), batch):
         queries = due[start : start + batch]
         rows = split.queries.reference[queries] % batch
         out = self._compose(shared, references, rows, tokens[queries], mask[queries])
-        composed[queries], text_only[queries] = (
-          x[: len(queries)] for x in self.parallel.fetch((out.composed, out.text_only))
-        )
-      progress.update(min(batch, n_images - i * batch))
+        started += [(composed, queries, out.composed), (text_only, queries, out.text_only)]
+      under_way.append(started)
+      if len(under_way) > _AHEAD:
+        finish_one()
+    while under_way:
+      finish_one()
     progress.close()
     return Encoded(vectors, composed, text_only)
 

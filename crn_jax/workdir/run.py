@@ -14,6 +14,7 @@ from crn_jax.workdir import files
 FREE_FIELDS = (
   "log_every_steps",
   "checkpoint_every_steps",
+  "profile_steps",
   "num_epochs",
   "eval",
   "parallel.mode",
@@ -26,6 +27,7 @@ FREE_FIELDS = (
 # Fields that are newer than some runs, and what those runs did.
 _ADDED = {
   "method": "crn",
+  "profile_steps": [],
   "model.backbone.mean": None,
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
@@ -33,7 +35,8 @@ _ADDED = {
 
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
-            "events.out.tfevents.*", "eval.json", "report.html", "pictures")  # fmt: skip
+            "events.out.tfevents.*", "eval.json", "report.html", "pictures",
+            "plugins")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:

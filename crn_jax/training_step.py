@@ -1,0 +1,38 @@
+"""The training step of a method as one program over all devices, and what it takes."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from crn_jax.methods.base import Method
+from crn_jax.parallel import REPLICATED, DataParallel
+
+
+def compiled(method: Method, tx: optax.GradientTransformation, parallel: DataParallel) -> Callable:
+  """(state, batch) -> (state, metrics); the state's buffers are given away.
+
+  Args:
+    method: built with the axis `parallel.AXIS`.
+    tx: optimizer of a part.
+    parallel: layout over devices, of the arguments too.
+  """
+
+  def step(state, batch):
+    return method.train_step(tx, state, batch)
+
+  return parallel.map(step, (REPLICATED, REPLICATED), donate_first=True)
+
+
+def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch over all devices, as the loader gives it."""
+  n, data = config.batch_size, config.data
+  picture = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, 3), jnp.uint8)
+  return {
+    "reference": picture,
+    "target": picture,
+    "tokens": jax.ShapeDtypeStruct((n, data.max_words), jnp.int32),
+    "token_mask": jax.ShapeDtypeStruct((n, data.max_words), jnp.bool_),
+  }

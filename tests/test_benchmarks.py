@@ -1,0 +1,53 @@
+"""The benchmarks of a device run where only JAX's libraries are installed, and count right."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+ROOT = pathlib.Path(__file__).parents[1]
+
+# What an image of a rented machine lacks.
+ABSENT = ("tensorflow", "tensorflow_datasets", "clu", "tensorboard", "transformers", "jinja2")
+
+
+def run(tmp_path, name: str, *args) -> dict:
+  (tmp_path / "tiny.py").write_text(
+    "from tests import tiny_model\n\n\ndef get_config():\n  c = tiny_model.config()\n"
+    "  c.name = 'tiny'\n  return c\n"
+  )
+  for module in ABSENT:
+    (tmp_path / f"{module}.py").write_text(f"raise ImportError('{module}')\n")
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+  env["PYTHONPATH"] = os.pathsep.join([str(tmp_path), str(ROOT)])
+  done = subprocess.run(
+    [sys.executable, str(ROOT / "benchmarks" / name), f"--config={tmp_path / 'tiny.py'}", *args],
+    cwd=tmp_path, env=env, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (line,) = done.stdout.splitlines()
+  return json.loads(line)
+
+
+def test_a_step_is_measured(tmp_path):
+  found = run(tmp_path, "train_step.py", "--steps=3", "--config.batch_size=8")
+  assert found["batch_size"] == 8
+  assert found["finite"]
+  assert 0 < found["min_seconds"] <= found["median_seconds"]
+  assert found["triplets_per_second"] == pytest.approx(8 / found["median_seconds"])
+  assert found["share_of_products"] == pytest.approx(
+    found["tflop_per_step"] / found["median_seconds"] / found["tflops_of_products"]
+  )
+  assert found["lower_seconds"] > 0 < found["compile_seconds"]
+  assert found["stablehlo_lines"] > 1_000
+
+
+def test_encoding_is_measured(tmp_path):
+  found = run(tmp_path, "inference.py", "--batch_size=4", "--repetitions=2", "--notorch")
+  assert (found["batch_size"], found["program"]) == (4, "crn_jax")
+  assert found["images_per_second"] == pytest.approx(4 / found["median_seconds"])
+  assert found["share_of_products"] > 0
