@@ -55,18 +55,31 @@ def config(dtype: str = "float32"):
   return c
 
 
-def variables(kind: str, branch: crn.Branch, dtype=np.float32) -> dict:
-  """The recipe's weights in a branch's structure: {'params', 'batch_stats'}."""
-  state = {n: recipe.param(f"{kind}.{n}", s) for n, s in SHAPES[kind].items()}
-  image, tokens = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 3), jnp.int32)
+def variables(
+  kind: str, branch: crn.Branch, dtype=np.float32, prefix: str = "", image_size: int = 64
+) -> dict:
+  """The recipe's weights in a branch's structure: {'params', 'batch_stats'}.
+
+  Args:
+    kind: 'local' or 'global'.
+    branch: the module.
+    dtype: of all.
+    prefix: goes before the goldens' names; another prefix makes other weights.
+    image_size: in pixels.
+  """
+  image, tokens = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros((1, 3), jnp.int32)
   shapes = jax.eval_shape(
     lambda: branch.init(
       jax.random.key(0), image, image, tokens, tokens == 0, train=False, modification=True,
       auxiliary=True,
     )
   )  # fmt: skip
-  shapes = flax.core.unfreeze(shapes)
-  loaded = {k: names.load_branch(kind, v, state) for k, v in shapes.items()}
+  loaded = {}
+  for collection, tree in flax.core.unfreeze(shapes).items():
+    state = {
+      n: recipe.param(f"{prefix}{kind}.{n}", s) for n, s in names.torch_shapes(kind, tree).items()
+    }
+    loaded[collection] = names.load_branch(kind, tree, state)
   return jax.tree.map(lambda x: jnp.asarray(x, dtype), loaded)
 
 
