@@ -50,7 +50,10 @@ def release_memory() -> None:
 def config(dtype: str = "float32"):
   """The small size that the goldens were made with: Swin-L's widths, less depth."""
   c = default.get_config("crn_released")
-  c.model.backbone.update(depths=(2, 2, 1, 1), window_size=4, drop_path_rate=0.0)
+  c.model.backbone.update(
+    embed_dim=192, num_heads=(6, 12, 24, 48), patch_size=4, depths=(2, 2, 1, 1), window_size=4,
+    drop_path_rate=0.0,
+  )  # fmt: skip
   c.model.dtype = dtype
   return c
 

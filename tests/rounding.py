@@ -84,7 +84,7 @@ def follow(
       metrics = single(batch(problem, i, torch.float32, draw), imposed(found.sides[i]), keep=False)
       losses.append({k: v / found.metrics[i][k] - 1 for k, v in metrics.items()})
       distances.append(
-        {k: float((g - expected[k]).norm()) / (norms[k] + 1e-300)
+        {k: float((g - expected[k]).norm()) / (norms[k] + 1e-30)
          for k, g in _gradients(single).items()}
       )  # fmt: skip
     found.gradient_norms.append(norms)

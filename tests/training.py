@@ -39,6 +39,12 @@ class Problem:
     return self.batches[0]["reference"].shape[-1]
 
 
+def channels_last(batch: dict[str, np.ndarray], dtype) -> dict[str, jax.Array]:
+  """A problem's batch as the method takes it."""
+  images = {k: jnp.asarray(batch[k].transpose(0, 2, 3, 1), dtype) for k in ("reference", "target")}
+  return images | {k: jnp.asarray(batch[k]) for k in ("tokens", "token_mask")}
+
+
 @dataclasses.dataclass
 class Run:
   """A trajectory.
@@ -88,7 +94,7 @@ class _Trainer:
     """
     config = config.copy_and_resolve_references()
     config.model.dtype = dtype
-    self._dtype = dtype
+    self.dtype = dtype
     self.model = crn.build(config.model, release.VOCAB_SIZE)
     self._adam = optimizer.create(config, steps_per_epoch=100, total_steps=1000)
     watch = optax.GradientTransformation(
@@ -114,22 +120,15 @@ class _Trainer:
     variables = {"params": {}, "batch_stats": {}}
     for kind, branch in self.model.branches.items():
       for collection, tree in release.variables(
-        kind, branch, self._dtype, problem.prefix, problem.image_size
+        kind, branch, self.dtype, problem.prefix, problem.image_size
       ).items():
         # A copy that JAX owns: arrays that NumPy owns cannot be donated.
         variables[collection][kind] = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
     return method.TrainState.create(variables, self._adam)
 
-  def batch(self, given: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    """A problem's batch with channels last."""
-    images = {
-      k: jnp.asarray(given[k].transpose(0, 2, 3, 1), self._dtype) for k in ("reference", "target")
-    }
-    return images | {k: jnp.asarray(given[k]) for k in ("tokens", "token_mask")}
-
   def __call__(self, state: method.TrainState, batch: dict, given: dict, above: dict):
     """One update; takes the state. Returns new state, what was seen of gradients, metrics."""
-    state, seen, metrics = self._step(state, self.batch(batch), given, above)
+    state, seen, metrics = self._step(state, channels_last(batch, self.dtype), given, above)
     metrics = {k: float(v) for k, v in metrics.items()}
     release.release_memory()
     return state, seen, metrics
@@ -192,7 +191,9 @@ def train(programs: Programs, problem: Problem, summarize: Callable) -> Runs:
   metrics, forced_metrics, sides, seen = [], [], [], []
   for batch in problem.batches:
     with release.double_precision():
-      above = programs.record_sides(state.params, state.batch_stats, double.batch(batch))
+      above = programs.record_sides(
+        state.params, state.batch_stats, channels_last(batch, double.dtype)
+      )
       forced = _in_float32(state)
     forced, gradients, m = single(forced, batch, nothing, above)
     del forced
