@@ -102,6 +102,11 @@ class _Trainer:
     )
     update = method.make_update(self.model, optax.chain(watch, self._adam), config, axis_name=None)
 
+    # Copies, which JAX owns: arrays that NumPy owns cannot be donated.
+    self._create = jax.jit(
+      lambda variables: method.TrainState.create(jax.tree.map(jnp.copy, variables), self._adam)
+    )
+
     def step(state, batch, given, above):
       state = state.replace(opt_state={k: (given[k], state.opt_state[k]) for k in crn.BRANCHES})
       with kinks.imposed(above) if with_sides else contextlib.nullcontext():
@@ -122,9 +127,8 @@ class _Trainer:
       for collection, tree in release.variables(
         kind, branch, self.dtype, problem.prefix, problem.image_size
       ).items():
-        # A copy that JAX owns: arrays that NumPy owns cannot be donated.
-        variables[collection][kind] = jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-    return method.TrainState.create(variables, self._adam)
+        variables[collection][kind] = tree
+    return self._create(variables)
 
   def __call__(self, state: method.TrainState, batch: dict, given: dict, above: dict):
     """One update; takes the state. Returns new state, what was seen of gradients, metrics."""
