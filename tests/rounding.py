@@ -69,7 +69,7 @@ def follow(
     keep: which parameters and statistics, by the release's name, are kept of first and last state.
   """
   double = torch_crn.Trainer(branches(config, problem, torch.float64))
-  single = torch_crn.Trainer(branches(config, problem, torch.float32))
+  single = torch_crn.Trainer(branches(config, problem, torch.float32), only_tries=True)
   first = _state(double, keep)
   found = Reference([], [], [], first, {}, [], [])
   for i in range(len(problem.batches)):
@@ -81,7 +81,7 @@ def follow(
     norms = {k: float(g.norm()) for k, g in expected.items()}
     losses, distances = [], []
     for draw in range(DRAWS):
-      metrics = single(batch(problem, i, torch.float32, draw), imposed(found.sides[i]), keep=False)
+      metrics = single(batch(problem, i, torch.float32, draw), imposed(found.sides[i]))
       losses.append({k: v / found.metrics[i][k] - 1 for k, v in metrics.items()})
       distances.append(
         {k: float((g - expected[k]).norm()) / (norms[k] + 1e-30)

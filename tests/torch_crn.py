@@ -225,12 +225,19 @@ class Trainer:
     branches: 'local' and 'global', trained in place.
   """
 
-  def __init__(self, branches: dict[str, Branch]):
+  def __init__(self, branches: dict[str, Branch], only_tries: bool = False):
+    """Starts at the branches' weights.
+
+    Args:
+      branches: 'local' and 'global'.
+      only_tries: whether no update is to be kept; needs less memory.
+    """
     self.branches = branches
     self._steps = 0
+    self._keep = not only_tries
     self._moments = {
-      k: [(torch.zeros_like(p), torch.zeros_like(p)) for p in b.parameters()]
-      for k, b in branches.items()
+      k: [(torch.zeros_like(p), torch.zeros_like(p)) for p in branches[k].parameters()]
+      for k in (("local",) if only_tries else ("local", "global"))
     }
 
   def follow(self, other: "Trainer") -> None:
@@ -243,22 +250,22 @@ class Trainer:
           strict=True,
         ):  # fmt: skip
           mine.copy_(theirs)
-        for mine, theirs in zip(self._moments[kind], other._moments[kind], strict=True):
+      for kind, moments in self._moments.items():
+        for mine, theirs in zip(moments, other._moments[kind], strict=True):
           for moment, value in zip(mine, theirs, strict=True):
             moment.copy_(value)
 
-  def __call__(self, batch: dict, sides: dict[str, Sides], keep: bool = True) -> dict[str, float]:
-    """One update; gradients stay in the parameters.
+  def __call__(self, batch: dict, sides: dict[str, Sides]) -> dict[str, float]:
+    """One update; gradients stay in the parameters, also if the update is only tried.
 
     Args:
       batch: {reference, target: [batch, 3, height, width]; tokens: [batch, words]}.
       sides: of each branch's pass with gradients.
-      keep: whether parameters, moments and statistics are to change.
 
     Returns:
       Losses, by names such as 'local/total'.
     """
-    out = {k: b(batch, sides[k], update_stats=keep) for k, b in self.branches.items()}
+    out = {k: b(batch, sides[k], update_stats=self._keep) for k, b in self.branches.items()}
     metrics = {}
     for kind, branch in self.branches.items():
       teacher = out["global"]
@@ -269,26 +276,26 @@ class Trainer:
       branch.zero_grad()
       terms["total"].backward()
       metrics |= {f"{kind}/{k}": v.item() for k, v in terms.items()}
-      if keep:
-        self._step(kind, keep)
+      if self._keep:
+        self._step(kind)
       elif kind == "local":  # Stepped for the teacher's sake, and back.
         before = [p.detach().clone() for p in branch.parameters()]
-        self._step(kind, keep)
-    if not keep:
+        self._step(kind)
+    if not self._keep:
       with torch.no_grad():
         for p, value in zip(self.branches["local"].parameters(), before, strict=True):
           p.copy_(value)
-    self._steps += keep
+    self._steps += self._keep
     return metrics
 
   @torch.no_grad()
-  def _step(self, kind: str, keep: bool) -> None:
+  def _step(self, kind: str) -> None:
     """Adam with the weight decay added to the gradient."""
     t = self._steps + 1
     for p, moments in zip(self.branches[kind].parameters(), self._moments[kind], strict=True):
       g = p.grad + 1e-6 * p
       m, v = 0.9 * moments[0] + 0.1 * g, 0.999 * moments[1] + 0.001 * g.square()
       p -= 3e-5 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
-      if keep:
+      if self._keep:
         moments[0].copy_(m)
         moments[1].copy_(v)
