@@ -58,6 +58,18 @@ def config(dtype: str = "float32"):
   return c
 
 
+def variable_shapes(branch: crn.Branch, image_size: int) -> dict:
+  """Shapes of a branch's variables: {'params', 'batch_stats'}."""
+  image, tokens = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros((1, 3), jnp.int32)
+  shapes = jax.eval_shape(
+    lambda: branch.init(
+      jax.random.key(0), image, image, tokens, tokens == 0, train=False, modification=True,
+      auxiliary=True,
+    )
+  )  # fmt: skip
+  return flax.core.unfreeze(shapes)
+
+
 def variables(
   kind: str, branch: crn.Branch, dtype=np.float32, prefix: str = "", image_size: int = 64
 ) -> dict:
@@ -70,15 +82,8 @@ def variables(
     prefix: goes before the goldens' names; another prefix makes other weights.
     image_size: in pixels.
   """
-  image, tokens = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros((1, 3), jnp.int32)
-  shapes = jax.eval_shape(
-    lambda: branch.init(
-      jax.random.key(0), image, image, tokens, tokens == 0, train=False, modification=True,
-      auxiliary=True,
-    )
-  )  # fmt: skip
   loaded = {}
-  for collection, tree in flax.core.unfreeze(shapes).items():
+  for collection, tree in variable_shapes(branch, image_size).items():
     state = {
       n: recipe.param(f"{prefix}{kind}.{n}", s) for n, s in names.torch_shapes(kind, tree).items()
     }

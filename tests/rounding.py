@@ -16,6 +16,7 @@ still one decimal digit from what float32 can do.
 All of it is away from kinks, which is what `tests/kinks.py` and `torch_crn.Sides` are for.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -53,11 +54,21 @@ class Reference:
   gradient_scales: list[Scalars]
 
 
+@contextlib.contextmanager
+def one_thread():
+  """PyTorch on one core, as the tests have two processes: else threads wait for each other."""
+  threads = torch.get_num_threads()
+  torch.set_num_threads(1)
+  yield
+  torch.set_num_threads(threads)
+
+
 def root_mean_square(rows: list[dict]) -> dict:
   """Of the values of each key."""
   return {k: float(np.sqrt(np.mean([row[k] ** 2 for row in rows]))) for k in rows[0]}
 
 
+@one_thread()
 def follow(
   config: ml_collections.ConfigDict, problem: Problem, keep: Callable[[str], bool]
 ) -> Reference:
@@ -94,6 +105,7 @@ def follow(
   return found
 
 
+@one_thread()
 def free_runs(config, problem: Problem, sides) -> tuple[list[list[dict]], list[dict]]:
   """Float32 trajectories of their own: [draw][iteration] losses, and [draw] last states."""
   metrics, last = [], []

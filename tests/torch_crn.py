@@ -293,9 +293,11 @@ class Trainer:
     """Adam with the weight decay added to the gradient."""
     t = self._steps + 1
     for p, moments in zip(self.branches[kind].parameters(), self._moments[kind], strict=True):
-      g = p.grad + 1e-6 * p
-      m, v = 0.9 * moments[0] + 0.1 * g, 0.999 * moments[1] + 0.001 * g.square()
-      p -= 3e-5 * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+      g = p.grad.add(p, alpha=1e-6)
+      m = moments[0].mul(0.9).add_(g, alpha=0.1)
+      v = moments[1].mul(0.999).addcmul_(g, g, value=0.001)
+      root = v.div(1 - 0.999**t).sqrt_().add_(1e-8)
+      p.addcdiv_(m, root, value=-3e-5 / (1 - 0.9**t))
       if self._keep:
         moments[0].copy_(m)
         moments[1].copy_(v)

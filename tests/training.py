@@ -84,7 +84,7 @@ class _Trainer:
   """One precision's compiled update, with a look at the gradients."""
 
   def __init__(self, config, dtype: str, look: Callable, with_sides: bool):
-    """Compiles on first use.
+    """Traces nothing yet; see `compile`.
 
     Args:
       config: the whole configuration.
@@ -120,6 +120,19 @@ class _Trainer:
       step, donate_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
     )
 
+  def state_shapes(self, problem: Problem) -> method.TrainState:
+    """Of a state, as `start` makes it."""
+    variables = {"params": {}, "batch_stats": {}}
+    for kind, branch in self.model.branches.items():
+      for name, tree in release.variable_shapes(branch, problem.image_size).items():
+        variables[name][kind] = _with_dtype(tree, self.dtype)
+    return self._create.eval_shape(variables)
+
+  def compile(self, problem: Problem, given: dict, above: dict) -> None:
+    """For arguments of these shapes."""
+    batch = channels_last(problem.batches[0], self.dtype)
+    self._step = self._step.lower(self.state_shapes(problem), batch, given, above).compile()
+
   def start(self, problem: Problem) -> method.TrainState:
     """State at the recipe's weights."""
     variables = {"params": {}, "batch_stats": {}}
@@ -141,10 +154,23 @@ class _Trainer:
 class Programs:
   """The compiled updates of both precisions, for any weights and batches of the same shapes."""
 
-  def __init__(self, config: ml_collections.ConfigDict):
+  def __init__(self, config: ml_collections.ConfigDict, problem: Problem):
+    """Compiles all before there is any state: that takes some GB, which are given back."""
     self.single = _Trainer(config, "float32", lambda grads, _: grads, with_sides=True)
     self.double = _Trainer(config, "float64", _norm_and_distance, with_sides=False)
-    self.record_sides = kinks.side_recorder(self.double.model)
+    with release.double_precision():
+      state = self.double.state_shapes(problem)
+      recorder = kinks.side_recorder(self.double.model).lower(
+        state.params, state.batch_stats, channels_last(problem.batches[0], "float64")
+      )  # fmt: skip
+      self.record_sides = recorder.compile()
+      self.double.compile(problem, _with_dtype(state.params, "float32"), {})
+    self.single.compile(problem, dict.fromkeys(crn.BRANCHES, ()), recorder.out_info)
+    release.release_memory()
+
+
+def _with_dtype(tree: dict, dtype) -> dict:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
 
 
 @jax.jit

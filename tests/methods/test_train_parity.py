@@ -101,7 +101,7 @@ def reference() -> rounding.Reference:
 def runs(reference) -> training.Runs:
   """After the reference, whose memory is free by then."""
   del reference
-  return training.train(training.Programs(release.config()), PROBLEM, summarize)
+  return training.train(training.Programs(release.config(), PROBLEM), PROBLEM, summarize)
 
 
 def trained(kind: str) -> set[tuple[str, str]]:

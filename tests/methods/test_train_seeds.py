@@ -10,7 +10,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 
 from crn_jax.models import crn
 from tests import release, rounding, training
@@ -73,17 +72,14 @@ class Results:
 
 @pytest.fixture(scope="module")
 def programs():
-  return training.Programs(make_config())
+  return training.Programs(make_config(), make_problem(SEEDS[0]))
 
 
 @pytest.fixture(scope="module", params=SEEDS)
 def results(request, programs):
   problem = make_problem(request.param)
-  threads = torch.get_num_threads()
-  torch.set_num_threads(1)  # The matrices are small.
   reference = rounding.follow(make_config(), problem, keep=lambda name: True)
   free = rounding.free_runs(make_config(), problem, reference.sides)
-  torch.set_num_threads(threads)
   return Results(training.train(programs, problem, lambda update: update), reference, *free)
 
 
