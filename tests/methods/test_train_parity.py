@@ -235,8 +235,9 @@ def test_float32_losses_stay_near_the_release(runs, kind):
 def test_float32_updates_stay_near_the_release(runs, kind):
   """After three iterations, against the release's float64 run: norms, and samples taken together.
 
-  The scale of a norm is the distance of the release's own float32 update, of this parameter or of
-  all together, whichever is larger: in a small parameter it may be small by chance.
+  The scale is the distance of the release's own float32 update. A norm is less sensitive than the
+  vector: three times its own distance, or `SAFETY` times that of all together, whichever is larger;
+  in a small parameter the own distance may be small by chance.
   """
   names, *columns = facts(kind, "has_grad", "f64.delta_l2", "f64.delta_rel_diff")
   rows = [row for row in zip(names, *columns, strict=True) if row[1]]
@@ -245,7 +246,7 @@ def test_float32_updates_stay_near_the_release(runs, kind):
   )
   for name, _, length, own in rows:
     apart = abs(runs.single.updates[kind, name][0] / length - 1)
-    assert apart < SAFETY * max(own, together), (name, apart, own, together)
+    assert apart < max(3 * own, SAFETY * together), (name, apart, own, together)
   for key, (_, _, changed) in runs.single.updates.items():
     assert key[0] != kind or changed == (key in trained(kind)), key
 
