@@ -84,6 +84,7 @@ def follow(
   first = _state(double, keep)
   found = Reference([], [], [], first, {}, [], [])
   for i in range(len(problem.batches)):
+    release.release_memory()  # What building the models and the last iteration left.
     single.follow(double)
     sides = {k: torch_crn.Sides() for k in double.branches}
     found.metrics.append(double(batch(problem, i, torch.float64), sides))
