@@ -1,7 +1,12 @@
-"""All tests run on eight virtual CPU devices; the flag must stand before JAX starts."""
+"""All tests run on eight virtual CPU devices and share what they compile.
+
+Both must be in the environment before JAX starts; xdist's workers inherit it.
+"""
 
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 
@@ -10,10 +15,43 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
+# Files whose models have Swin-L's widths. They need several GB each, and so run one after another.
+LARGE = {
+  "tests/methods/test_losses_parity.py",
+  "tests/methods/test_train_parity.py",
+  "tests/models/test_forward_parity.py",
+  "tests/models/test_heads_grid.py",
+}
+
+# Files and workers compile many of the same functions, and give up their own copies: see below.
+_created = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  _created = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="crn_jax_compiled_")
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+def pytest_unconfigure():
+  """In the process that created it, the last to end."""
+  if _created:
+    shutil.rmtree(_created, ignore_errors=True)
+
 
 def pytest_collection_modifyitems(items):
   """Leaves out TensorFlow's context manager, which only looks like a test."""
   items[:] = [item for item in items if item.name != "test_session"]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """A file stays in one process, as its fixtures are computed once; the large ones share one."""
+  from xdist.scheduler import LoadFileScheduling
+
+  class Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+      file = super()._split_scope(nodeid)
+      return "large" if file in LARGE else file
+
+  return Scheduling(config, log)
 
 
 @pytest.fixture(scope="module", autouse=True)

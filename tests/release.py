@@ -50,23 +50,44 @@ def release_memory() -> None:
 def config(dtype: str = "float32"):
   """The small size that the goldens were made with: Swin-L's widths, less depth."""
   c = default.get_config("crn_released")
-  c.model.backbone.update(depths=(2, 2, 1, 1), window_size=4, drop_path_rate=0.0)
+  c.model.backbone.update(
+    embed_dim=192, num_heads=(6, 12, 24, 48), patch_size=4, depths=(2, 2, 1, 1), window_size=4,
+    drop_path_rate=0.0,
+  )  # fmt: skip
   c.model.dtype = dtype
   return c
 
 
-def variables(kind: str, branch: crn.Branch, dtype=np.float32) -> dict:
-  """The recipe's weights in a branch's structure: {'params', 'batch_stats'}."""
-  state = {n: recipe.param(f"{kind}.{n}", s) for n, s in SHAPES[kind].items()}
-  image, tokens = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, 3), jnp.int32)
+def variable_shapes(branch: crn.Branch, image_size: int) -> dict:
+  """Shapes of a branch's variables: {'params', 'batch_stats'}."""
+  image, tokens = jnp.zeros((1, image_size, image_size, 3)), jnp.zeros((1, 3), jnp.int32)
   shapes = jax.eval_shape(
     lambda: branch.init(
       jax.random.key(0), image, image, tokens, tokens == 0, train=False, modification=True,
       auxiliary=True,
     )
   )  # fmt: skip
-  shapes = flax.core.unfreeze(shapes)
-  loaded = {k: names.load_branch(kind, v, state) for k, v in shapes.items()}
+  return flax.core.unfreeze(shapes)
+
+
+def variables(
+  kind: str, branch: crn.Branch, dtype=np.float32, prefix: str = "", image_size: int = 64
+) -> dict:
+  """The recipe's weights in a branch's structure: {'params', 'batch_stats'}.
+
+  Args:
+    kind: 'local' or 'global'.
+    branch: the module.
+    dtype: of all.
+    prefix: goes before the goldens' names; another prefix makes other weights.
+    image_size: in pixels.
+  """
+  loaded = {}
+  for collection, tree in variable_shapes(branch, image_size).items():
+    state = {
+      n: recipe.param(f"{prefix}{kind}.{n}", s) for n, s in names.torch_shapes(kind, tree).items()
+    }
+    loaded[collection] = names.load_branch(kind, tree, state)
   return jax.tree.map(lambda x: jnp.asarray(x, dtype), loaded)
 
 

@@ -14,7 +14,7 @@ from absl import flags
 from configs import default
 from configs import run as saved
 from crn_jax import configuration
-from crn_jax.convert import layout, timm
+from crn_jax.convert import release
 from crn_jax.models.backbones import registry
 from crn_jax.workdir import run
 from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvision)
@@ -150,13 +150,6 @@ def test_a_named_swin_has_all_tensors_of_timm(name):
   with torch.device("meta"):  # Without values.
     model = timm_models.create_model(f"{name}_patch4_window7_224", num_classes=0)
   expected = {k: list(v.shape) for k, v in model.state_dict().items()}
-  ours = {}
-  for path, value in jax.tree_util.tree_leaves_with_path(params):
-    path = tuple(key.key for key in path)
-    torch_name = timm.timm_name(path)
-    shape = tuple(expected[torch_name])
-    like = np.broadcast_to(np.float32(0), shape)
-    assert layout.to_flax(like, path[-1], value.shape).shape == value.shape
-    ours[torch_name] = list(shape)
-  assert ours == expected
+  ours = release.torch_shapes("local", {"backbone": params})
+  assert {k.removeprefix(release.BACKBONE): list(v) for k, v in ours.items()} == expected
   assert module.map_dim == expected["norm.weight"][0]

@@ -40,7 +40,11 @@ def config(
 @functools.cache
 def compiled_step(names="crn", **changes):
   c = config(names, **changes)
-  return jax.jit(functools.partial(tiny.model(c).train_step, TX))
+  # On a CPU XLA would leave out rounding to bfloat16 between two operations.
+  return jax.jit(
+    functools.partial(tiny.model(c).train_step, TX),
+    compiler_options={"xla_allow_excess_precision": False},
+  )
 
 
 @functools.cache
@@ -215,13 +219,20 @@ def test_without_stochastic_depth_nothing_is_random():
 
 @pytest.mark.slow
 def test_bfloat16_computes_the_same_losses_roughly():
-  """bfloat16 has 8 bits: 5 % on each term, or 0.01 where a term is small."""
+  """bfloat16 has 8 bits: 5 % on each term, or 0.01 where a term is small.
+
+  The mutual KL is a small difference of rankings. Cosines may be off by 0.01, so its logits by 0.1,
+  and the KL by 0.1 times the L1 distance of the two rankings, at most sqrt(2 KL) (Pinsker).
+  """
   state, metrics = first_update(dtype="bfloat16")
   _, expected = first_update(dtype="float32")
   assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
   for name, value in expected.items():
     if not name.endswith("grad_norm"):
-      assert metrics[name] == pytest.approx(value, rel=0.05, abs=0.01), name
+      small = 0.1 * float(np.sqrt(2 * value)) if name.endswith("mutual_kl") else 0.01
+      assert metrics[name] == pytest.approx(value, rel=0.05, abs=small), name
+  apart = [abs(metrics[name] / value - 1) for name, value in expected.items()]
+  assert max(apart) > 1e-3  # It was computed in bfloat16.
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 

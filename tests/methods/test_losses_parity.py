@@ -12,11 +12,12 @@ from crn_jax.convert import release as names
 from crn_jax.methods import losses
 from crn_jax.methods.crn import CRN
 from crn_jax.models import crn
-from tests import release
-from tests.methods.test_train_parity import NO_TRUE_GRADIENT, TERMS, batch
+from tests import release, training
+from tests.methods.test_train_parity import TERMS, batch
+from tests.methods.train_checks import NO_TRUE_GRADIENT
 
 GOLDENS = np.load(release.GOLDENS / "extra_losses.npz")
-TERMS = TERMS | {"correct": "modification", "simi": "auxiliary"}
+TERMS = TERMS | {"correct": "modification", "simi": "auxiliary", "total": "total"}
 TOLERANCE = {"float32": 1e-5, "float64": 1e-7}
 PREFIX = {"float32": "", "float64": "f64."}
 
@@ -51,8 +52,9 @@ def run(dtype: str):
     jax.grad(losses_of_both, has_aux=True),
     compiler_options={"xla_backend_optimization_level": 0},
   )
+  inputs = training.channels_last(batch(0), dtype)
   params, batch_stats = ({k: v[c] for k, v in variables.items()} for c in ("params", "batch_stats"))
-  gradients, (terms, outputs) = jax.device_get(gradient(params, batch_stats, batch(0, dtype)))
+  gradients, (terms, outputs) = jax.device_get(gradient(params, batch_stats, inputs))
   results = {}
   for kind in crn.BRANCHES:
     flat = names.to_release(kind, gradients[kind], release.SHAPES[kind])

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -40,5 +43,22 @@ def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
   assert path.read_text() == "a" * 90 + "\nc\n"
 
 
-def test_memory_is_a_plausible_number_of_gibibytes():
-  assert 0.05 < logs.peak_memory_gib() < 1000
+def test_memory_of_a_cpu_process_rises_by_what_it_takes():
+  """In a process of its own: this one may have used more before."""
+  code = """
+import numpy as np
+from crn_jax.workdir import logs
+first = np.ones(2**29, np.uint8)  # More than what importing took and gave back.
+before = logs.peak_memory_gib()
+second = np.ones(2**28, np.uint8)
+held = logs.peak_memory_gib()
+del second
+print(before, held, logs.peak_memory_gib())
+"""
+  out = subprocess.run(
+    [sys.executable, "-c", code], check=True, capture_output=True, text=True,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)},
+  )  # fmt: skip
+  before, held, after = map(float, out.stdout.split())
+  assert held - before == pytest.approx(0.25, abs=0.02)
+  assert after == pytest.approx(held, abs=0.02)  # The peak, not what is held now.

@@ -111,7 +111,10 @@ class WindowAttention(nn.Module):
     head_dim = dim // self.num_heads
     qkv = dense(3 * dim, self.dtype, "qkv")(x).reshape(-1, n, 3, self.num_heads, head_dim)
     q, k, v = qkv[:, :, 0] * head_dim**-0.5, qkv[:, :, 1], qkv[:, :, 2]
-    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k)
+    # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
+    logits = jnp.einsum(
+      "bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)
+    )
     table = self.param(
       "relative_position_bias_table",
       _trunc_normal,
@@ -119,7 +122,7 @@ class WindowAttention(nn.Module):
     )
     bias = table[relative_position_index(self.window).reshape(-1)]
     bias = bias.reshape(n, n, self.num_heads).transpose(2, 0, 1)
-    logits = logits.astype(jnp.promote_types(logits.dtype, bias.dtype)) + bias
+    logits = logits + bias
     if mask is not None:
       logits = logits.reshape(-1, mask.shape[0], *logits.shape[1:]) + mask[:, None].astype(
         logits.dtype

@@ -32,8 +32,10 @@ class _Composition(nn.Module):
       image_map.shape[-1], self.feature_dim, self.dtype, use_bias=False, name="embed"
     )
     e = embed(image_map).reshape(image_map.shape[0], -1, self.feature_dim)
-    logits = jnp.einsum("bld,bpd->blp", words, e) / self.temperature
-    return e, logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
+    at_least_float32 = jnp.promote_types(e.dtype, jnp.float32)
+    logits = jnp.einsum("bld,bpd->blp", words, e, preferred_element_type=at_least_float32)
+    return e, logits / self.temperature
 
   def _modulate(self, base, context, mask, **mode):
     """gamma(context) * base + beta(context)."""
