@@ -1,76 +1,95 @@
-"""Vectors of a split against the branches applied to one query at a time."""
+"""Encoding: the device is given the next batch before the vectors of one are waited for."""
 
-import jax
+import types
+
+import ml_collections
 import numpy as np
 import pytest
 
-from crn_jax.input_pipeline import images
-from crn_jax.methods.crn import CRN
-from crn_jax.models.crn import BRANCHES, Branch
-from crn_jax.models.preprocessing import IMAGENET
-from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval.encode import Encoder
-from tests import made_up, tiny_model
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
-
-# Of unit vectors; batches of another size are summed in another order (measured: 2e-7).
-TOLERANCE = 2e-6
+BATCH, WIDTH = 4, 3
 
 
-def unit(*vectors):
-  """Each vector normalised, joined, and normalised again, in float64."""
-  joined = np.concatenate([v / np.linalg.norm(v) for v in np.asarray(vectors, np.float64)])
-  return joined / np.linalg.norm(joined)
+class Devices:
+  """A device whose images are numbers and whose work is noted in its order."""
+
+  def __init__(self):
+    self.log = []
+
+  def fetch(self, values):
+    self.log.append("fetch")
+    return values
+
+  def shard(self, tree):
+    return tree
 
 
-@pytest.mark.parametrize("preset", ["crn", "crn_released"])
-def test_every_vector_is_that_of_its_own_image_and_text(preset, tmp_path):
-  """Images shared by queries, several batches of both, a ragged end of both."""
-  config = tiny_model.config(preset)
-  config.data.resize = 40
-  config.eval.batch_size = 8
-  variables = tiny_model.variables(config)
-  split, table = made_up.split(tmp_path), made_up.vocabulary(config)
-  split.queries.reference[5:12] = 3  # More queries of one image than a batch holds.
-  parallel = DataParallel.create("shard_map")
-  encoder = Encoder.create(tiny_model.model(config, AXIS), parallel)
-  found = encoder.encode(parallel.replicate(variables), split, table)
-  branches = CRN(config, tiny_model.VOCAB_SIZE).branches
-  own = {kind: {c: tree[kind] for c, tree in variables.items()} for kind in BRANCHES}
+def encoder(devices: Devices) -> Encoder:
+  def repeated(numbers, factor):
+    return np.repeat(factor * np.asarray(numbers, np.float32)[:, None], WIDTH, axis=1)
 
-  @jax.jit
-  def of_image(picture):
-    return {
-      kind: branch.apply(own[kind], picture, train=False, method=Branch.encode_image)
-      for kind, branch in branches.items()
-    }
+  def encode_images(variables, pictures):
+    devices.log.append("images")
+    return pictures, repeated(pictures, 1)
 
-  @jax.jit
-  def of_query(maps, tokens, mask):
-    out = {}
-    for kind, branch in branches.items():
-      zero = branch.apply(own[kind], 32, 32, method=Branch.encode_zero_image).map
-      words = branch.apply(own[kind], tokens, mask, method=Branch.encode_text)
-      out[kind] = [
-        branch.apply(own[kind], m, *words, train=False, method=Branch.compose).vector
-        for m in (maps[kind], zero)
-      ]
-    return out
+  def compose(shared, references, rows, tokens, mask):
+    devices.log.append("compose")
+    wanted = np.asarray(references)[rows]
+    return types.SimpleNamespace(composed=repeated(wanted, 10), text_only=repeated(tokens[:, 0], 1))
 
-  def picture(row):
-    pixels = images.resize_short_side(images.decode(split.image_paths[row]), 40)
-    return IMAGENET.normalize(images.center_crop(pixels, 32)[None])
+  method = types.SimpleNamespace(
+    config=ml_collections.ConfigDict({"eval": {"batch_size": BATCH}}), vector_dim=WIDTH
+  )
+  return Encoder(devices, method, lambda variables: (), encode_images, compose)
 
-  for row in range(len(split.image_paths)):
-    out = of_image(picture(row))
-    vectors = [out[kind].vector[0] for kind in BRANCHES]
-    np.testing.assert_allclose(found.images[row], unit(*vectors), rtol=0, atol=TOLERANCE)
-  for query, texts in enumerate(split.queries.texts):
-    maps = {k: o.map for k, o in of_image(picture(split.queries.reference[query])).items()}
-    tokens, mask = table.encode(texts)
-    out = of_query(maps, tokens[None], mask[None])
-    for name, i in (("composed", 0), ("text_only", 1)):
-      expected = unit(*(out[kind][i][0] for kind in BRANCHES))
-      np.testing.assert_allclose(getattr(found, name)[query], expected, rtol=0, atol=TOLERANCE)
-  assert np.abs(found.composed - found.text_only).max() > 100 * TOLERANCE
+
+class Queries:
+  """The text of query q is the number 100 + q."""
+
+  def __init__(self, references: list[int]):
+    self.reference = np.asarray(references)
+    self.texts = list(range(100, 100 + len(references)))
+
+  def __len__(self) -> int:
+    return len(self.texts)
+
+
+def split(n_images: int, references: list[int]):
+  """Image i is the number i."""
+  return types.SimpleNamespace(
+    name="split", image_paths=list(range(n_images)), queries=Queries(references), store=None
+  )
+
+
+VOCABULARY = types.SimpleNamespace(
+  encode_all=lambda texts: (np.asarray(texts)[:, None], np.ones((len(texts), 1), bool))
+)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+  def pictures(self, paths, store):
+    for start in range(0, len(paths), BATCH):
+      yield np.resize(paths[start : start + BATCH], BATCH)
+
+  monkeypatch.setattr(Encoder, "_pictures", pictures)
+  devices = Devices()
+  # 11 images; of the first batch's, more queries than fit one batch, of the second's none.
+  references = [0, 1, 2, 3, 0, 1, 10, 8]
+  return devices.log, references, encoder(devices).encode({}, split(11, references), VOCABULARY)
+
+
+def test_every_vector_stands_at_its_row(encoded):
+  _, references, found = encoded
+  np.testing.assert_array_equal(found.images[:, 0], np.arange(11))
+  np.testing.assert_array_equal(found.composed[:, 0], 10 * np.asarray(references))
+  np.testing.assert_array_equal(found.text_only[:, 0], 100 + np.arange(8))
+
+
+def test_a_batch_is_waited_for_once_the_next_one_is_under_way(encoded):
+  log, _, _ = encoded
+  first = ["images", "compose", "compose"]
+  assert log == [
+    *first, "images", *5 * ["fetch"], "images", "compose", *4 * ["fetch"],
+  ]  # fmt: skip
