@@ -11,13 +11,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import crn
+from crn_jax.methods.crn import CRN
 from crn_jax.models.layers import BatchNorm, GeM
 
 GEM_CLAMP = 1e-6
 
 
-def side_recorder(model: crn.CRN):
+def side_recorder(model: CRN):
   """A compiled function (params, batch_stats, batch) -> {branch: {module: whether it is above}}."""
 
   def record(params, batch_stats, batch):
