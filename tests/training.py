@@ -95,6 +95,7 @@ class _Trainer:
     config = config.copy_and_resolve_references()
     config.model.dtype = dtype
     self.dtype = dtype
+    self._compiled = {}
     self.model = CRN(config, release.VOCAB_SIZE)
     self._adam = self.model.optimizer(steps_per_epoch=100, total_steps=1000)
     watch = optax.GradientTransformation(
@@ -128,10 +129,10 @@ class _Trainer:
         variables[name][kind] = _with_dtype(tree, self.dtype)
     return self._create.eval_shape(variables)
 
-  def compile(self, problem: Problem, given: dict, above: dict) -> None:
-    """For arguments of these shapes."""
-    batch = channels_last(problem.batches[0], self.dtype)
-    self._step = self._step.lower(self.state_shapes(problem), batch, given, above).compile()
+  def compile(self, state: TrainState, batch: dict, given: dict, above: dict) -> None:
+    """For arguments of these shapes; once for every length of texts."""
+    batch = channels_last(batch, self.dtype)
+    self._compiled[_words(batch)] = self._step.lower(state, batch, given, above).compile()
 
   def start(self, problem: Problem) -> TrainState:
     """State at the recipe's weights."""
@@ -145,7 +146,8 @@ class _Trainer:
 
   def __call__(self, state: TrainState, batch: dict, given: dict, above: dict):
     """One update; takes the state. Returns new state, what was seen of gradients, metrics."""
-    state, seen, metrics = self._step(state, channels_last(batch, self.dtype), given, above)
+    step = self._compiled[_words(batch)]
+    state, seen, metrics = step(state, channels_last(batch, self.dtype), given, above)
     metrics = {k: float(v) for k, v in metrics.items()}
     release.release_memory()
     return state, seen, metrics
@@ -158,15 +160,29 @@ class Programs:
     """Compiles all before there is any state: that takes some GB, which are given back."""
     self.single = _Trainer(config, "float32", lambda grads, _: grads, with_sides=True)
     self.double = _Trainer(config, "float64", _norm_and_distance, with_sides=False)
+    self._recorders = {}
     with release.double_precision():
-      state = self.double.state_shapes(problem)
-      recorder = kinks.side_recorder(self.double.model).lower(
-        state.params, state.batch_stats, channels_last(problem.batches[0], "float64")
-      )  # fmt: skip
-      self.record_sides = recorder.compile()
-      self.double.compile(problem, _with_dtype(state.params, "float32"), {})
-    self.single.compile(problem, dict.fromkeys(crn.BRANCHES, ()), recorder.out_info)
+      state64 = self.double.state_shapes(problem)
+      recorder = kinks.side_recorder(self.double.model)
+    state32 = self.single.state_shapes(problem)
+    for batch in {_words(batch): batch for batch in problem.batches}.values():
+      with release.double_precision():
+        lowered = recorder.lower(
+          state64.params, state64.batch_stats, channels_last(batch, self.double.dtype)
+        )
+        self._recorders[_words(batch)] = lowered.compile()
+        self.double.compile(state64, batch, _with_dtype(state64.params, "float32"), {})
+      self.single.compile(state32, batch, dict.fromkeys(crn.BRANCHES, ()), lowered.out_info)
     release.release_memory()
+
+  def record_sides(self, state: TrainState, batch: dict) -> dict:
+    """On which sides of its kinks the float64 update stands."""
+    inputs = channels_last(batch, self.double.dtype)
+    return self._recorders[_words(batch)](state.params, state.batch_stats, inputs)
+
+
+def _words(batch: dict) -> int:
+  return batch["tokens"].shape[1]
 
 
 def _with_dtype(tree: dict, dtype) -> dict:
@@ -221,9 +237,7 @@ def train(programs: Programs, problem: Problem, summarize: Callable) -> Runs:
   metrics, forced_metrics, sides, seen = [], [], [], []
   for batch in problem.batches:
     with release.double_precision():
-      above = programs.record_sides(
-        state.params, state.batch_stats, channels_last(batch, double.dtype)
-      )
+      above = programs.record_sides(state, batch)
       forced = _in_float32(state)
     forced, gradients, m = single(forced, batch, nothing, above)
     del forced
