@@ -1,8 +1,10 @@
 """Backbones by name, all with one interface.
 
 A backbone is a module `backbone(images, train=...) -> FeatureMaps` with the property `map_dim`, the
-width of its last map. What follows it takes widths from there and knows no backbone. How pictures
-are resized and normalised goes with it.
+width of its last map. What follows it takes widths from there and knows no backbone. It says with
+`uses_batch_statistics` whether, in training, an image's features depend on the batch; if they do
+not, it takes `undropped`, the number of images at the end of the batch that pass without stochastic
+depth. How pictures are resized and normalised goes with it.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's. Sizes are 
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -79,12 +80,14 @@ class ResNet(nn.Module):
     depths: blocks a stage.
     dtype: of the computation; parameters and statistics are float32.
     axis_name: mapped axis over which the batch is split, if any; BatchNorm counts all of it.
+    uses_batch_statistics: see `registry`.
   """
 
   width: int = 64
   depths: Sequence[int] = (3, 4, 6, 3)
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
+  uses_batch_statistics: ClassVar[bool] = True
 
   @property
   def map_dim(self) -> int:

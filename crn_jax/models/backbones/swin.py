@@ -6,6 +6,7 @@ rounding order, so that converted weights give the same features. Sizes are free
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -136,16 +137,24 @@ class SwinBlock(nn.Module):
   num_heads: int
   window_size: int
   shifted: bool
-  drop_path_rate: float
   dtype: jnp.dtype = jnp.float32
-  axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """[batch, h, w, dim] -> the same shape."""
-    x = x + self._drop_path(self._attend(layer_norm(self.dtype, "norm1")(x)), train)
+  def __call__(self, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """[batch, h, w, dim] -> the same shape.
+
+    Args:
+      x: input.
+      factors: [2, batch] by which what the two units add is multiplied, or None: by 1.
+    """
+    attention, mlp = (None, None) if factors is None else factors
+    x = x + _scaled(self._attend(layer_norm(self.dtype, "norm1")(x)), attention)
     y = dense(4 * x.shape[-1], self.dtype, "mlp_fc1")(layer_norm(self.dtype, "norm2")(x))
-    return x + self._drop_path(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), train)
+    return x + _scaled(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), mlp)
+
+  def drop_path_keys(self) -> jax.Array:
+    """[2] PRNG keys of the two units' stochastic depth; a block's own, by its name."""
+    return jnp.stack([self.make_rng("drop_path"), self.make_rng("drop_path")])
 
   def _attend(self, x: jax.Array) -> jax.Array:
     h, w = x.shape[1:3]
@@ -160,17 +169,17 @@ class SwinBlock(nn.Module):
     x = _join_windows(attention(_split_windows(x, window), mask), window, grid)
     return jnp.roll(x[:, :h, :w], shift, (1, 2))
 
-  def _drop_path(self, x: jax.Array, train: bool) -> jax.Array:
-    """Stochastic depth, drawn for the global batch so that the device count does not matter."""
-    if not train or self.drop_path_rate == 0.0:
-      return x
-    keep = 1.0 - self.drop_path_rate
-    batch = x.shape[0]
-    shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-    kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch * shards,))
-    if self.axis_name:
-      kept = jax.lax.dynamic_slice_in_dim(kept, jax.lax.axis_index(self.axis_name) * batch, batch)
-    return x * (kept.astype(x.dtype) / keep)[:, None, None, None]
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+  """[batch, h, w, dim] times [batch], multiplied in the factor's precision."""
+  if factor is None:
+    return x
+  return (x.astype(factor.dtype) * factor[:, None, None, None]).astype(x.dtype)
+
+
+def drop_path_rates(last: float, blocks: int) -> np.ndarray:
+  """[blocks] stochastic depth of each block: 0 at the first, rising linearly to `last`."""
+  return np.linspace(0.0, last, blocks)
 
 
 class PatchMerging(nn.Module):
@@ -202,6 +211,7 @@ class SwinTransformer(nn.Module):
     drop_path_rate: stochastic depth of the last block, rising linearly from 0.
     dtype: of the computation; parameters are float32.
     axis_name: mapped axis over which the batch is split, if any.
+    uses_batch_statistics: see `registry`.
   """
 
   embed_dim: int = 96
@@ -212,6 +222,7 @@ class SwinTransformer(nn.Module):
   drop_path_rate: float = 0.1
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
+  uses_batch_statistics: ClassVar[bool] = False
 
   @property
   def map_dim(self) -> int:
@@ -219,12 +230,13 @@ class SwinTransformer(nn.Module):
     return self.embed_dim * 2 ** (len(self.depths) - 1)
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> FeatureMaps:
+  def __call__(self, images: jax.Array, *, train: bool, undropped: int = 0) -> FeatureMaps:
     """Encodes images.
 
     Args:
       images: [batch, height, width, 3], normalised.
       train: whether stochastic depth is on (needs the PRNG stream 'drop_path').
+      undropped: number of images, the last ones, that pass without stochastic depth all the same.
 
     Returns:
       `FeatureMaps`: entry k < last of `stages` is the grid after the patch merging that follows
@@ -235,19 +247,44 @@ class SwinTransformer(nn.Module):
       UserError: if height or width is not a multiple of the patch size.
     """
     x = self._embed_patches(images.astype(self.dtype))
-    rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths))
-    stages, block = [], 0
-    for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+    blocks = [
+      SwinBlock(heads, self.window_size, j % 2 == 1, self.dtype, name=f"stage{i}_block{j}")
+      for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True))
+      for j in range(depth)
+    ]
+    factors = self._drop_path_factors(blocks, len(images), undropped) if train else None
+    stages, first = [], 0
+    for i, depth in enumerate(self.depths):
       if i > 0:
         x = PatchMerging(self.dtype, name=f"stage{i}_merging")(x)
         stages.append(x)
-      for j in range(depth):
-        x = SwinBlock(
-          heads, self.window_size, j % 2 == 1, float(rates[block]), self.dtype, self.axis_name,
-          name=f"stage{i}_block{j}",
-        )(x, train=train)  # fmt: skip
-        block += 1
+      for j in range(first, first + depth):
+        x = blocks[j](x, None if factors is None else factors[j])
+      first += depth
     return FeatureMaps(layer_norm(self.dtype, "norm")(x), (*stages, x))
+
+  def _drop_path_factors(
+    self, blocks: Sequence[SwinBlock], batch: int, undropped: int
+  ) -> jax.Array | None:
+    """[blocks, 2, batch]: 0 where a unit is dropped, else 1 / keep; None if none ever is.
+
+    Drawn for the global batch, so that the number of devices does not matter.
+    """
+    if self.drop_path_rate == 0.0:
+      return None
+    keep = 1.0 - drop_path_rates(self.drop_path_rate, len(blocks))
+    dropped = batch - undropped
+    shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+
+    def draw(keys, keep):
+      return jax.vmap(lambda key: jax.random.bernoulli(key, keep, (dropped * shards,)))(keys)
+
+    kept = jax.vmap(draw)(jnp.stack([block.drop_path_keys() for block in blocks]), keep)
+    if self.axis_name:
+      start = jax.lax.axis_index(self.axis_name) * dropped
+      kept = jax.lax.dynamic_slice_in_dim(kept, start, dropped, axis=2)
+    factors = kept.astype(self.dtype) / keep.astype(self.dtype)[:, None, None]
+    return jnp.pad(factors, ((0, 0), (0, 0), (0, undropped)), constant_values=1.0)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:
     """A strided convolution, written as a matrix product: three times as fast on a CPU."""
