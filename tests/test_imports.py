@@ -18,7 +18,7 @@ ALLOWED = {
   "errors": set(),
   "models": set(),
   "parallel": set(),
-  "workdir": {"parallel"},
+  "workdir": {"parallel", "models.backbones.stacking"},
   "methods": {"models"},
   "input_pipeline": {"workdir.files"},
   "state": {"methods", "models", "workdir.weights"},

@@ -80,7 +80,7 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = registry.create(c.backbone, dtype, self.axis_name)
+    self.backbone = registry.create(c.backbone, dtype, self.axis_name, c.remat)
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]

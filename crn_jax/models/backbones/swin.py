@@ -15,7 +15,9 @@ import numpy as np
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
+from crn_jax.models.backbones import stacking
 from crn_jax.models.backbones.feature_maps import FeatureMaps
+from crn_jax.models.backbones.remat import rematerialised
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -152,9 +154,9 @@ class SwinBlock(nn.Module):
     y = dense(4 * x.shape[-1], self.dtype, "mlp_fc1")(layer_norm(self.dtype, "norm2")(x))
     return x + _scaled(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), mlp)
 
-  def drop_path_keys(self) -> jax.Array:
-    """[2] PRNG keys of the two units' stochastic depth; a block's own, by its name."""
-    return jnp.stack([self.make_rng("drop_path"), self.make_rng("drop_path")])
+  def drop_path_keys(self) -> tuple[jax.Array, jax.Array]:
+    """PRNG keys of the two units' stochastic depth; a block's own, by its name."""
+    return self.make_rng("drop_path"), self.make_rng("drop_path")
 
   def _attend(self, x: jax.Array) -> jax.Array:
     h, w = x.shape[1:3]
@@ -182,6 +184,25 @@ def drop_path_rates(last: float, blocks: int) -> np.ndarray:
   return np.linspace(0.0, last, blocks)
 
 
+class BlockPair(nn.Module):
+  """A plain and a shifted block: the body of a scan over a stage's stacked parameters."""
+
+  num_heads: int
+  window_size: int
+  remat: str
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
+    """[batch, h, w, dim], factors [2 blocks, 2, batch] or None -> the same shape, nothing."""
+    block = rematerialised(SwinBlock, self.remat, scanned=True)
+    for j, name in enumerate(stacking.MEMBERS):
+      x = block(self.num_heads, self.window_size, j == 1, self.dtype, name=name)(
+        x, None if factors is None else factors[j]
+      )
+    return x, None
+
+
 class PatchMerging(nn.Module):
   """Halves the grid: four neighbours are concatenated and projected to twice the width."""
 
@@ -202,6 +223,8 @@ class PatchMerging(nn.Module):
 class SwinTransformer(nn.Module):
   """The backbone.
 
+  Its parameters may be stacked or not, see `stacking`; it is initialised with one array a block.
+
   Attributes:
     embed_dim: width of the first stage; it doubles at each merging.
     depths: blocks a stage.
@@ -209,6 +232,7 @@ class SwinTransformer(nn.Module):
     patch_size: side of a patch in pixels.
     window_size: side of an attention window in tokens.
     drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+    remat: what blocks keep for their gradient, see `remat`.
     dtype: of the computation; parameters are float32.
     axis_name: mapped axis over which the batch is split, if any.
     uses_batch_statistics: see `registry`.
@@ -220,6 +244,7 @@ class SwinTransformer(nn.Module):
   patch_size: int = 4
   window_size: int = 7
   drop_path_rate: float = 0.1
+  remat: str = "none"
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
   uses_batch_statistics: ClassVar[bool] = False
@@ -247,8 +272,9 @@ class SwinTransformer(nn.Module):
       UserError: if height or width is not a multiple of the patch size.
     """
     x = self._embed_patches(images.astype(self.dtype))
+    block = rematerialised(SwinBlock, self.remat)
     blocks = [
-      SwinBlock(heads, self.window_size, j % 2 == 1, self.dtype, name=f"stage{i}_block{j}")
+      block(heads, self.window_size, j % 2 == 1, self.dtype, name=stacking.block_name(i, j))
       for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True))
       for j in range(depth)
     ]
@@ -258,10 +284,29 @@ class SwinTransformer(nn.Module):
       if i > 0:
         x = PatchMerging(self.dtype, name=f"stage{i}_merging")(x)
         stages.append(x)
-      for j in range(first, first + depth):
-        x = blocks[j](x, None if factors is None else factors[j])
+      own = slice(first, first + depth)
+      x = self._stage(i, blocks[own], x, None if factors is None else factors[own])
       first += depth
     return FeatureMaps(layer_norm(self.dtype, "norm")(x), (*stages, x))
+
+  def _stage(
+    self, i: int, blocks: Sequence[SwinBlock], x: jax.Array, factors: jax.Array | None
+  ) -> jax.Array:
+    """[batch, h, w, dim] through all blocks of a stage; factors [blocks, 2, batch] or None."""
+    scanned = 0
+    if self.has_variable("params", stacking.pairs_name(i)):
+      pairs, scanned = len(blocks) // 2, len(blocks) // 2 * 2
+      scan = nn.scan(BlockPair, {"params": 0}, length=pairs)
+      of_pairs = None
+      if factors is not None:
+        of_pairs = factors[:scanned].reshape(pairs, 2, *factors.shape[1:])
+      pair = scan(
+        self.num_heads[i], self.window_size, self.remat, self.dtype, name=stacking.pairs_name(i)
+      )
+      x, _ = pair(x, of_pairs)
+    for j in range(scanned, len(blocks)):
+      x = blocks[j](x, None if factors is None else factors[j])
+    return x
 
   def _drop_path_factors(
     self, blocks: Sequence[SwinBlock], batch: int, undropped: int
@@ -276,14 +321,15 @@ class SwinTransformer(nn.Module):
     dropped = batch - undropped
     shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
 
-    def draw(keys, keep):
-      return jax.vmap(lambda key: jax.random.bernoulli(key, keep, (dropped * shards,)))(keys)
-
-    kept = jax.vmap(draw)(jnp.stack([block.drop_path_keys() for block in blocks]), keep)
+    keys = jnp.stack([key for block in blocks for key in block.drop_path_keys()])
+    kept = jax.vmap(lambda key, p: jax.random.bernoulli(key, p, (dropped * shards,)))(
+      keys, np.repeat(keep, 2)
+    ).reshape(len(blocks), 2, -1)
     if self.axis_name:
       start = jax.lax.axis_index(self.axis_name) * dropped
       kept = jax.lax.dynamic_slice_in_dim(kept, start, dropped, axis=2)
-    factors = kept.astype(self.dtype) / keep.astype(self.dtype)[:, None, None]
+    # In float32 at least: 1 / keep has more digits than bfloat16.
+    factors = kept.astype(jnp.promote_types(self.dtype, jnp.float32)) / keep[:, None, None]
     return jnp.pad(factors, ((0, 0), (0, 0), (0, undropped)), constant_values=1.0)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:
