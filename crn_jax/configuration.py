@@ -20,6 +20,7 @@ from crn_jax.input_pipeline.readers import fashioniq, shoes
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
 from crn_jax.methods.registry import METHODS
+from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
 from crn_jax.models.preprocessing import INTERPOLATIONS
 from crn_jax.workdir import run
@@ -140,6 +141,7 @@ RULES: dict[str, Rule | Choice] = {
   "model.attention_temperature.local": POSITIVE,
   "model.attention_temperature.global": POSITIVE,
   "model.dtype": Choice(("float32", "bfloat16")),
+  "model.remat": Choice(remat.CHOICES),
   "loss.classification": NOT_NEGATIVE,
   "loss.cross_branch": NOT_NEGATIVE,
   "loss.mutual_kl": NOT_NEGATIVE,

@@ -9,7 +9,7 @@ import numpy as np
 from crn_jax import initial_values
 from crn_jax.errors import UserError
 from crn_jax.methods.base import Method, TrainState, Variables
-from crn_jax.models.backbones import registry
+from crn_jax.models.backbones import registry, stacking
 from crn_jax.workdir import weights
 
 
@@ -30,7 +30,8 @@ def initial(method: Method, tx) -> TrainState:
 
 
 def of_variables(method: Method, tx, variables: Variables) -> TrainState:
-  """The state of a run that begins with given variables."""
+  """The state of a run that begins with given variables, whose blocks it stacks."""
+  variables = stacking.stack(variables)
   return TrainState.create(variables, tx, averaged=method.config.optimizer.ema_decay > 0)
 
 

@@ -19,7 +19,7 @@ ALLOWED = {
   "compilation_cache": set(),
   "models": set(),
   "parallel": set(),
-  "workdir": {"parallel"},
+  "workdir": {"parallel", "models.backbones.stacking"},
   "methods": {"models"},
   "input_pipeline": {"workdir.files"},
   "initial_values": set(),

@@ -9,10 +9,12 @@ import math
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 from flax import traverse_util
 
 from crn_jax.convert import layout, timm, torchvision
+from crn_jax.models.backbones import stacking
 
 # Where the backbone's own names begin.
 BACKBONE = "img_model.img_model."
@@ -65,7 +67,7 @@ def load_branch(kind: str, tree: Mapping, state_dict: Mapping[str, np.ndarray]) 
 
   Args:
     kind: 'local' or 'global'.
-    tree: the structure to fill.
+    tree: the structure to fill, one array a block.
     state_dict: release's names (with today's timm names) -> arrays.
 
   Raises:
@@ -84,11 +86,11 @@ def to_release(kind: str, tree: Mapping, shapes: Mapping[str, tuple]) -> dict[st
 
   Args:
     kind: 'local' or 'global'.
-    tree: parameters, gradients or running statistics of a branch.
+    tree: parameters, gradients or running statistics of a branch, stacked or not.
     shapes: release's name -> PyTorch shape.
   """
   out = {}
-  for path, value in traverse_util.flatten_dict(tree).items():
+  for path, value in _one_a_block(tree).items():
     name = release_name(kind, path)
     out[name] = layout.to_torch(np.asarray(value), path[-1], tuple(shapes[name]))
   return out
@@ -104,8 +106,13 @@ def torch_shapes(kind: str, tree: Mapping) -> dict[str, tuple[int, ...]]:
   """Release's name -> PyTorch's shape, of everything in a branch's tree of arrays or shapes."""
   return {
     release_name(kind, path): _torch_shape(kind, path, value.shape)
-    for path, value in traverse_util.flatten_dict(tree).items()
+    for path, value in _one_a_block(jax.eval_shape(stacking.unstack, tree)).items()
   }
+
+
+def _one_a_block(tree: Mapping) -> dict[tuple[str, ...], np.ndarray]:
+  """Path -> value, as the release has them: no stacked arrays."""
+  return traverse_util.flatten_dict(stacking.unstack(tree))
 
 
 def _torch_shape(kind: str, path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from crn_jax.convert import source as sources
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import registry as methods
-from crn_jax.methods.base import TrainState
+from crn_jax.methods.base import Variables
 from crn_jax.models import crn
 from crn_jax.models.backbones import registry
 from crn_jax.workdir import files, run
@@ -119,7 +119,7 @@ def convert(
       f"{paths[0]}: {sizes['local']['rows']} rows in the word table, {len(words)} words"
     )
   method = methods.create(config, len(words))
-  like = state.abstract(method)
+  like = jax.eval_shape(method.init, jax.random.key(0))
   filled = {kind: _fill(kind, like, half) for kind, half in halves.items()}
   variables = {
     c: {kind: filled[kind].get(c, {}) for kind in crn.BRANCHES} for c in ("params", "batch_stats")
@@ -263,8 +263,8 @@ def _sizes(half: _Half) -> dict:
     raise UserError(f"{half.source.path}: missing or misshapen tensor: {error}") from error
 
 
-def _fill(kind: str, like: TrainState, half: _Half) -> dict:
-  tree = {"params": like.params[kind], "batch_stats": like.batch_stats[kind]}
+def _fill(kind: str, like: Variables, half: _Half) -> dict:
+  tree = {collection: parts[kind] for collection, parts in like.items()}
   flat = traverse_util.flatten_dict(flax.core.unfreeze(tree))
   if not _has_relation(half):
     flat = {path: value for path, value in flat.items() if path[1] != "relation"}

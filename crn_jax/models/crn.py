@@ -13,6 +13,7 @@ import ml_collections
 
 from crn_jax.models.aggregation import ImageHead, ImageOutput
 from crn_jax.models.backbones import registry
+from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.composition.crn import GlobalComposition, LocalComposition
 from crn_jax.models.layers import GeM
 from crn_jax.models.linear import torch_dense
@@ -79,7 +80,7 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = registry.create(c.backbone, dtype, self.axis_name)
+    self.backbone = registry.create(c.backbone, dtype, self.axis_name, c.remat)
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]
@@ -101,8 +102,7 @@ class Branch(nn.Module):
 
     Training moves the running statistics of a backbone that has some.
     """
-    out = self.head(self.backbone(images, train=train))
-    return out.replace(vector=_at_least_float32(out.vector))
+    return self._head(self.backbone(images, train=train))
 
   def encode_zero_image(self, height: int, width: int) -> ImageOutput:
     """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1.
@@ -110,6 +110,23 @@ class Branch(nn.Module):
     Without stochastic depth and batch statistics: it is a constant for given variables.
     """
     return self.encode_image(jnp.zeros((1, height, width, 3)), train=False)
+
+  def _encode_with_zero_image(self, images: jax.Array, *, train: bool) -> tuple:
+    """`encode_image(images)`, and the map of `encode_zero_image` [1, h, w, map_dim].
+
+    One backbone pass for both, unless the zero image would be counted in batch statistics.
+    """
+    if self.backbone.uses_batch_statistics:
+      # First: it takes the running statistics from before the pass that moves them.
+      zero = self.encode_zero_image(*images.shape[1:3])
+      return self.encode_image(images, train=train), zero.map
+    images = jnp.concatenate([images, jnp.zeros_like(images[:1])])
+    out = self._head(self.backbone(images, train=train, undropped=1))
+    return jax.tree.map(lambda x: x[:-1], out), out.map[-1:]
+
+  def _head(self, features: FeatureMaps) -> ImageOutput:
+    out = self.head(features)
+    return out.replace(vector=_at_least_float32(out.vector))
 
   def encode_text(self, tokens: jax.Array, token_mask: jax.Array):
     """Word features [batch, words, feature_dim] and the mask of the words that take part."""
@@ -158,12 +175,13 @@ class Branch(nn.Module):
       modification: whether to compute `difference` and `text_vector`.
       auxiliary: whether to compute `auxiliary_vector`.
     """
-    # Before the pass that moves a backbone's running statistics, of which it takes those at hand.
-    zero = self.encode_zero_image(*reference.shape[1:3]) if auxiliary else None
     batch = reference.shape[0]
     # One backbone pass for both; interleaved, so that a shard of triplets is a shard of images.
     images = jnp.stack([reference, target], axis=1).reshape(2 * batch, *reference.shape[1:])
-    encoded = self.encode_image(images, train=train)
+    if auxiliary:
+      encoded, zero_map = self._encode_with_zero_image(images, train=train)
+    else:
+      encoded = self.encode_image(images, train=train)
     words, mask = self.encode_text(tokens, token_mask)
     query = self.compose(encoded.map[0::2], words, mask, train=train, update_stats=train)
     out = BranchOutput(query.vector, encoded.vector[1::2], self.logit_scale)
@@ -177,7 +195,7 @@ class Branch(nn.Module):
       )
     if auxiliary:
       out = out.replace(
-        auxiliary_vector=self.compose_zero_image(zero.map, words, mask, train=train)
+        auxiliary_vector=self.compose_zero_image(zero_map, words, mask, train=train)
       )
     return out
 

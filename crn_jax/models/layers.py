@@ -31,7 +31,13 @@ def gem_pool(x: jax.Array, p: jax.Array | float, mask: jax.Array | None = None) 
     return jnp.mean(x, axes, where=where)
   if isinstance(p, float) and math.isinf(p):
     return jnp.max(x, axes, where=where, initial=-math.inf)
-  return jnp.mean(jnp.maximum(x, 1e-6) ** p, axes, where=where) ** (1.0 / p)
+  x = jnp.maximum(x, 1e-6)
+  # In units of the largest value: 1e-6^6.5 is no number of float32 any more, and its gradient is
+  # not finite. The result does not depend on the unit, so there is no gradient by way of it.
+  unit = jnp.max(x, axes, where=where, initial=1e-6, keepdims=True)
+  unit = jax.lax.stop_gradient(unit)
+  shares = x / unit if where is None else jnp.where(where, x / unit, 1.0)
+  return unit.reshape(x.shape[0], -1) * jnp.mean(shares**p, axes, where=where) ** (1.0 / p)
 
 
 class GeM(nn.Module):

@@ -24,9 +24,12 @@ from absl import logging
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crn_jax.errors import UserError
+from crn_jax.models.backbones import stacking
 
 _METRIC, _ORDER = "best_metric", "minus_step"
 _ITEM = "default"  # Orbax's name of a checkpoint's only item.
+# How a checkpoint's arrays are laid out; one without a number has the first.
+_UNSTACKED, _STACKED = 0, 1  # See `stacking`.
 _SHOWN = 5  # Differences of structure that a message names.
 
 
@@ -96,21 +99,36 @@ class CheckpointReader:
     return self._checked(step, lambda: self._restore_fields(step, like, fields))
 
   def _restore_whole(self, step: int, like: Any) -> Any:
-    state = self._read_arrays(step, like)
+    state = self._read_arrays(step, self._as_written(step, like))
     metadata = self._metadata(step)
     if "checksums" in metadata:
       self._compare(step, {f: checksum(tree) for f, tree in _fields(state).items()})
     elif metadata.get("checksum") != checksum(state):  # As written before fields had their own.
       raise DamagedError(f"{self._folder / str(step)}: damaged checkpoint (its checksum is wrong)")
-    return state
+    return self._as_used(step, state)
 
   def _restore_fields(self, step: int, like: Any, fields: tuple[str, ...]) -> dict[str, Any]:
     if "checksums" not in self._metadata(step):
       whole = _fields(self._restore_whole(step, like))
       return {field: whole[field] for field in fields}
-    found = self._read_arrays(step, {field: getattr(like, field) for field in fields})
+    wanted = {field: getattr(like, field) for field in fields}
+    found = self._read_arrays(step, self._as_written(step, wanted))
     self._compare(step, {field: checksum(tree) for field, tree in found.items()})
-    return found
+    return self._as_used(step, found)
+
+  def _as_written(self, step: int, like: Any) -> Any:
+    """Shapes of a state in the layout of a checkpoint."""
+    layout = self._metadata(step).get("layout", _UNSTACKED)
+    if layout > _STACKED:
+      raise UserError(
+        f"{self._folder / str(step)}: layout {layout} of the arrays, {_STACKED} is the newest that "
+        f"is known here; use the version that wrote it"
+      )
+    return jax.eval_shape(stacking.unstack, like) if layout == _UNSTACKED else like
+
+  def _as_used(self, step: int, state: Any) -> Any:
+    written = self._metadata(step).get("layout", _UNSTACKED)
+    return stacking.stack(state) if written == _UNSTACKED else state
 
   def _compare(self, step: int, found: dict[str, str]) -> None:
     expected = self._metadata(step)["checksums"]
@@ -225,7 +243,7 @@ class Checkpoints(CheckpointReader):
         step,
         args=ocp.args.StandardSave(state),
         metrics=None if metric is None else order,
-        custom_metadata={"checksums": checksums, "results": results},
+        custom_metadata={"checksums": checksums, "results": results, "layout": _STACKED},
       ),
     )
     self._writing = step

@@ -18,6 +18,7 @@ FREE_FIELDS = (
   "num_epochs",
   "eval",
   "parallel.mode",
+  "model.remat",
   "data.root",
   "data.cache_images",
   "data.prepared",  # The pixels are the same.
@@ -31,6 +32,7 @@ _ADDED = {
   "model.backbone.mean": None,
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
+  "model.remat": "none",
 }
 
 # What a run leaves in its folder.

@@ -117,8 +117,12 @@ def test_each_image_passes_a_backbone_as_often_as_needed(names, update_mode, aux
   with nn.intercept_methods(count):
     jax.eval_shape(step, state, tiny.batch(c, BATCH))
   assert sum(passed) == expected
-  # The zero image comes first: it takes the running statistics from before the step.
-  assert passed[0] == (1 if auxiliary else 2 * BATCH)
+  if auxiliary and c.model.backbone.name == "resnet50":
+    # The zero image comes first: it takes the running statistics from before the step.
+    assert passed[:2] == [1, 2 * BATCH]
+  else:
+    # Where pictures do not depend on each other it is one more of the batch.
+    assert passed[:2] == [2 * BATCH + (auxiliary > 0)] * 2
 
 
 @pytest.mark.slow
@@ -281,3 +285,39 @@ def test_an_infinite_term_without_a_weight_does_not_spoil_the_loss():
   total, terms = losses.branch_losses(out, teacher, weights, losses.Batch())
   assert np.isfinite(total)
   assert set(terms) == {"classification"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", crn.BRANCHES)
+def test_the_zero_image_rides_along_without_changing_a_number(kind):
+  """Its vectors are those of a pass of its own, without stochastic depth; so are the pictures'.
+
+  Bound: 1e-5 of the largest value; the shapes of the products differ, hence the order of sums.
+  """
+  c = config(drop_path=0.5)
+  branch, batch = tiny.model(c).branches[kind], tiny.batch(c, BATCH)
+  variables = {name: tree[kind] for name, tree in tiny.variables(c).items()}
+  inputs = [IMAGENET.normalize(batch[k]) for k in ("reference", "target")]
+  inputs += [batch["tokens"], jnp.asarray(batch["token_mask"])]
+
+  def apply(*args, **kwargs):
+    return branch.apply(variables, *args, rngs={"drop_path": jax.random.key(1)}, **kwargs)
+
+  @functools.partial(jax.jit, static_argnames="auxiliary")
+  def run(auxiliary):
+    return apply(*inputs, train=True, modification=False, auxiliary=auxiliary,
+                 mutable=["batch_stats"])[0]  # fmt: skip
+
+  @jax.jit
+  def alone():
+    zero = apply(32, 32, method=crn.Branch.encode_zero_image)
+    words = apply(*inputs[2:], method=crn.Branch.encode_text)
+    return apply(zero.map, *words, train=True, method=crn.Branch.compose_zero_image)
+
+  out, without = run(auxiliary=True), run(auxiliary=False)
+  for got, expected in (
+    (out.auxiliary_vector, alone()),
+    (out.query_vector, without.query_vector),
+    (out.target_vector, without.target_vector),
+  ):
+    assert np.abs(got - expected).max() < 1e-5 * np.abs(expected).max()

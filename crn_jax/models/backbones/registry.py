@@ -1,8 +1,10 @@
 """Backbones by name, all with one interface.
 
 A backbone is a module `backbone(images, train=...) -> FeatureMaps` with the property `map_dim`, the
-width of its last map. What follows it takes widths from there and knows no backbone. How pictures
-are resized and normalised goes with it.
+width of its last map. What follows it takes widths from there and knows no backbone. It says with
+`uses_batch_statistics` whether, in training, an image's features depend on the batch; if they do
+not, it takes `undropped`, the number of images at the end of the batch that pass without stochastic
+depth. How pictures are resized and normalised goes with it.
 """
 
 import dataclasses
@@ -41,7 +43,10 @@ _PREPROCESSING = tuple(field.name for field in dataclasses.fields(Preprocessing)
 
 
 def create(
-  config: ml_collections.ConfigDict, dtype=jnp.float32, axis_name: str | None = None
+  config: ml_collections.ConfigDict,
+  dtype=jnp.float32,
+  axis_name: str | None = None,
+  remat: str = "none",
 ) -> nn.Module:
   """The backbone that the `model.backbone` part of a configuration describes.
 
@@ -49,6 +54,7 @@ def create(
     config: `name`, a key of `BACKBONES`, and sizes; a size that is None is the named backbone's.
     dtype: of the computation.
     axis_name: mapped axis over which the batch is split, if any.
+    remat: what its blocks keep for their gradient, see `remat`.
 
   Raises:
     UserError: on an unknown name, or a size that this kind of backbone does not have.
@@ -61,7 +67,7 @@ def create(
       f"model.backbone.{foreign[0]} = {changed[foreign[0]]} is set, but {config.name} has no such "
       f"size: leave it None, or name the backbone after the configuration's colon"
     )
-  return named.module(**(named.sizes | changed), dtype=dtype, axis_name=axis_name)
+  return named.module(**(named.sizes | changed), dtype=dtype, axis_name=axis_name, remat=remat)
 
 
 def check_prepared(config: ml_collections.ConfigDict) -> None:

@@ -5,13 +5,16 @@ convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's. Sizes are 
 """
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
+from crn_jax.models.backbones import stacking
 from crn_jax.models.backbones.feature_maps import FeatureMaps
+from crn_jax.models.backbones.remat import rematerialised
 from crn_jax.models.layers import BatchNorm
 
 EXPANSION = 4  # Output of a block in widths of its 3 x 3 convolution.
@@ -55,7 +58,7 @@ class Bottleneck(nn.Module):
   axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     """[batch, h, w, channels] -> [batch, ceil(h / stride), ceil(w / stride), 4 * width]."""
 
     def unit(x, name, features, side, stride=1):
@@ -77,14 +80,18 @@ class ResNet(nn.Module):
   Attributes:
     width: channels after the stem; a stage's blocks give 4, 8, 16, ... times as many.
     depths: blocks a stage.
+    remat: what blocks keep for their gradient, see `remat`.
     dtype: of the computation; parameters and statistics are float32.
     axis_name: mapped axis over which the batch is split, if any; BatchNorm counts all of it.
+    uses_batch_statistics: see `registry`.
   """
 
   width: int = 64
   depths: Sequence[int] = (3, 4, 6, 3)
+  remat: str = "none"
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
+  uses_batch_statistics: ClassVar[bool] = True
 
   @property
   def map_dim(self) -> int:
@@ -108,12 +115,13 @@ class ResNet(nn.Module):
     bn = BatchNorm(self.axis_name, self.dtype, name="bn1")
     x = nn.relu(bn(x, None, train=train, update_stats=train))
     x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    block = rematerialised(Bottleneck, self.remat, static_argnums=(2,))
     stages = []
     for i, depth in enumerate(self.depths):
       for j in range(depth):
-        x = Bottleneck(
+        x = block(
           self.width * 2**i, 2 if i > 0 and j == 0 else 1, j == 0, self.dtype, self.axis_name,
-          name=f"stage{i}_block{j}",
-        )(x, train=train)  # fmt: skip
+          name=stacking.block_name(i, j),
+        )(x, train)  # fmt: skip
       stages.append(x)
     return FeatureMaps(x, tuple(stages))

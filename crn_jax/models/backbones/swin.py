@@ -6,6 +6,7 @@ rounding order, so that converted weights give the same features. Sizes are free
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,9 @@ import numpy as np
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
+from crn_jax.models.backbones import stacking
 from crn_jax.models.backbones.feature_maps import FeatureMaps
+from crn_jax.models.backbones.remat import rematerialised
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -139,16 +142,24 @@ class SwinBlock(nn.Module):
   num_heads: int
   window_size: int
   shifted: bool
-  drop_path_rate: float
   dtype: jnp.dtype = jnp.float32
-  axis_name: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    """[batch, h, w, dim] -> the same shape."""
-    x = x + self._drop_path(self._attend(layer_norm(self.dtype, "norm1")(x)), train)
+  def __call__(self, x: jax.Array, factors: jax.Array | None) -> jax.Array:
+    """[batch, h, w, dim] -> the same shape.
+
+    Args:
+      x: input.
+      factors: [2, batch] by which what the two units add is multiplied, or None: by 1.
+    """
+    attention, mlp = (None, None) if factors is None else factors
+    x = x + _scaled(self._attend(layer_norm(self.dtype, "norm1")(x)), attention)
     y = dense(4 * x.shape[-1], self.dtype, "mlp_fc1")(layer_norm(self.dtype, "norm2")(x))
-    return x + self._drop_path(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), train)
+    return x + _scaled(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), mlp)
+
+  def drop_path_keys(self) -> tuple[jax.Array, jax.Array]:
+    """PRNG keys of the two units' stochastic depth; a block's own, by its name."""
+    return self.make_rng("drop_path"), self.make_rng("drop_path")
 
   def _attend(self, x: jax.Array) -> jax.Array:
     h, w = x.shape[1:3]
@@ -163,17 +174,36 @@ class SwinBlock(nn.Module):
     x = _join_windows(attention(_split_windows(x, window), mask), window, grid)
     return jnp.roll(x[:, :h, :w], shift, (1, 2))
 
-  def _drop_path(self, x: jax.Array, train: bool) -> jax.Array:
-    """Stochastic depth, drawn for the global batch so that the device count does not matter."""
-    if not train or self.drop_path_rate == 0.0:
-      return x
-    keep = 1.0 - self.drop_path_rate
-    batch = x.shape[0]
-    shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-    kept = jax.random.bernoulli(self.make_rng("drop_path"), keep, (batch * shards,))
-    if self.axis_name:
-      kept = jax.lax.dynamic_slice_in_dim(kept, jax.lax.axis_index(self.axis_name) * batch, batch)
-    return x * (kept.astype(x.dtype) / keep)[:, None, None, None]
+
+def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
+  """[batch, h, w, dim] times [batch], multiplied in the factor's precision."""
+  if factor is None:
+    return x
+  return (x.astype(factor.dtype) * factor[:, None, None, None]).astype(x.dtype)
+
+
+def drop_path_rates(last: float, blocks: int) -> np.ndarray:
+  """[blocks] stochastic depth of each block: 0 at the first, rising linearly to `last`."""
+  return np.linspace(0.0, last, blocks)
+
+
+class BlockPair(nn.Module):
+  """A plain and a shifted block: the body of a scan over a stage's stacked parameters."""
+
+  num_heads: int
+  window_size: int
+  remat: str
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: jax.Array, factors: jax.Array | None) -> tuple[jax.Array, None]:
+    """[batch, h, w, dim], factors [2 blocks, 2, batch] or None -> the same shape, nothing."""
+    block = rematerialised(SwinBlock, self.remat, scanned=True)
+    for j, name in enumerate(stacking.MEMBERS):
+      x = block(self.num_heads, self.window_size, j == 1, self.dtype, name=name)(
+        x, None if factors is None else factors[j]
+      )
+    return x, None
 
 
 class PatchMerging(nn.Module):
@@ -196,6 +226,8 @@ class PatchMerging(nn.Module):
 class SwinTransformer(nn.Module):
   """The backbone.
 
+  Its parameters may be stacked or not, see `stacking`; it is initialised with one array a block.
+
   Attributes:
     embed_dim: width of the first stage; it doubles at each merging.
     depths: blocks a stage.
@@ -203,8 +235,10 @@ class SwinTransformer(nn.Module):
     patch_size: side of a patch in pixels.
     window_size: side of an attention window in tokens.
     drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+    remat: what blocks keep for their gradient, see `remat`.
     dtype: of the computation; parameters are float32.
     axis_name: mapped axis over which the batch is split, if any.
+    uses_batch_statistics: see `registry`.
   """
 
   embed_dim: int = 96
@@ -213,8 +247,10 @@ class SwinTransformer(nn.Module):
   patch_size: int = 4
   window_size: int = 7
   drop_path_rate: float = 0.1
+  remat: str = "none"
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
+  uses_batch_statistics: ClassVar[bool] = False
 
   @property
   def map_dim(self) -> int:
@@ -222,12 +258,13 @@ class SwinTransformer(nn.Module):
     return self.embed_dim * 2 ** (len(self.depths) - 1)
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> FeatureMaps:
+  def __call__(self, images: jax.Array, *, train: bool, undropped: int = 0) -> FeatureMaps:
     """Encodes images.
 
     Args:
       images: [batch, height, width, 3], normalised.
       train: whether stochastic depth is on (needs the PRNG stream 'drop_path').
+      undropped: number of images, the last ones, that pass without stochastic depth all the same.
 
     Returns:
       `FeatureMaps`: entry k < last of `stages` is the grid after the patch merging that follows
@@ -238,19 +275,65 @@ class SwinTransformer(nn.Module):
       UserError: if height or width is not a multiple of the patch size.
     """
     x = self._embed_patches(images.astype(self.dtype))
-    rates = np.linspace(0.0, self.drop_path_rate, sum(self.depths))
-    stages, block = [], 0
-    for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True)):
+    block = rematerialised(SwinBlock, self.remat)
+    blocks = [
+      block(heads, self.window_size, j % 2 == 1, self.dtype, name=stacking.block_name(i, j))
+      for i, (depth, heads) in enumerate(zip(self.depths, self.num_heads, strict=True))
+      for j in range(depth)
+    ]
+    factors = self._drop_path_factors(blocks, len(images), undropped) if train else None
+    stages, first = [], 0
+    for i, depth in enumerate(self.depths):
       if i > 0:
         x = PatchMerging(self.dtype, name=f"stage{i}_merging")(x)
         stages.append(x)
-      for j in range(depth):
-        x = SwinBlock(
-          heads, self.window_size, j % 2 == 1, float(rates[block]), self.dtype, self.axis_name,
-          name=f"stage{i}_block{j}",
-        )(x, train=train)  # fmt: skip
-        block += 1
+      own = slice(first, first + depth)
+      x = self._stage(i, blocks[own], x, None if factors is None else factors[own])
+      first += depth
     return FeatureMaps(layer_norm(self.dtype, "norm")(x), (*stages, x))
+
+  def _stage(
+    self, i: int, blocks: Sequence[SwinBlock], x: jax.Array, factors: jax.Array | None
+  ) -> jax.Array:
+    """[batch, h, w, dim] through all blocks of a stage; factors [blocks, 2, batch] or None."""
+    scanned = 0
+    if self.has_variable("params", stacking.pairs_name(i)):
+      pairs, scanned = len(blocks) // 2, len(blocks) // 2 * 2
+      scan = nn.scan(BlockPair, {"params": 0}, length=pairs)
+      of_pairs = None
+      if factors is not None:
+        of_pairs = factors[:scanned].reshape(pairs, 2, *factors.shape[1:])
+      pair = scan(
+        self.num_heads[i], self.window_size, self.remat, self.dtype, name=stacking.pairs_name(i)
+      )
+      x, _ = pair(x, of_pairs)
+    for j in range(scanned, len(blocks)):
+      x = blocks[j](x, None if factors is None else factors[j])
+    return x
+
+  def _drop_path_factors(
+    self, blocks: Sequence[SwinBlock], batch: int, undropped: int
+  ) -> jax.Array | None:
+    """[blocks, 2, batch]: 0 where a unit is dropped, else 1 / keep; None if none ever is.
+
+    Drawn for the global batch, so that the number of devices does not matter.
+    """
+    if self.drop_path_rate == 0.0:
+      return None
+    keep = 1.0 - drop_path_rates(self.drop_path_rate, len(blocks))
+    dropped = batch - undropped
+    shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
+
+    keys = jnp.stack([key for block in blocks for key in block.drop_path_keys()])
+    kept = jax.vmap(lambda key, p: jax.random.bernoulli(key, p, (dropped * shards,)))(
+      keys, np.repeat(keep, 2)
+    ).reshape(len(blocks), 2, -1)
+    if self.axis_name:
+      start = jax.lax.axis_index(self.axis_name) * dropped
+      kept = jax.lax.dynamic_slice_in_dim(kept, start, dropped, axis=2)
+    # In float32 at least: 1 / keep has more digits than bfloat16.
+    factors = kept.astype(jnp.promote_types(self.dtype, jnp.float32)) / keep[:, None, None]
+    return jnp.pad(factors, ((0, 0), (0, 0), (0, undropped)), constant_values=1.0)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:
     """A strided convolution, written as a matrix product: three times as fast on a CPU."""

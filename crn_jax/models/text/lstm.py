@@ -20,7 +20,8 @@ class TextEncoder(nn.Module):
     vocab_size: rows of the embedding, id 0 (unknown, padding) included.
     word_dim: width of the embedding.
     feature_dim: width of the LSTM.
-    dtype: of the computation; parameters are float32.
+    dtype: of the computation; parameters are float32, and so is, at least, the cell, which adds up
+      over the words.
   """
 
   vocab_size: int
@@ -48,13 +49,15 @@ class TextEncoder(nn.Module):
 
     def step(carry, gates):
       hidden, cell = carry
-      i, f, g, o = jnp.split(gates + (hidden @ kernel + bias), 4, axis=-1)
+      gates = (gates + (hidden @ kernel + bias)).astype(cell.dtype)
+      i, f, g, o = jnp.split(gates, 4, axis=-1)
       cell = jax.nn.sigmoid(f) * cell + jax.nn.sigmoid(i) * jnp.tanh(g)
-      hidden = jax.nn.sigmoid(o) * jnp.tanh(cell)
+      hidden = (jax.nn.sigmoid(o) * jnp.tanh(cell)).astype(hidden.dtype)
       return (hidden, cell), hidden
 
-    start = jnp.zeros((tokens.shape[0], width), self.dtype)
-    _, hidden = jax.lax.scan(step, (start, start), gates_of_input.swapaxes(0, 1))
+    hidden = jnp.zeros((tokens.shape[0], width), self.dtype)
+    cell = hidden.astype(jnp.promote_types(self.dtype, jnp.float32))
+    _, hidden = jax.lax.scan(step, (hidden, cell), gates_of_input.swapaxes(0, 1))
     return hidden.swapaxes(0, 1)
 
 
