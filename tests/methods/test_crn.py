@@ -218,15 +218,25 @@ def test_without_stochastic_depth_nothing_is_random():
 
 
 @pytest.mark.slow
-def test_bfloat16_computes_the_same_losses_roughly():
-  """bfloat16 has 8 bits: 5 % on each term, or 0.01 where a term is small."""
-  state, metrics = first_update(dtype="bfloat16")
-  _, expected = first_update(dtype="float32")
-  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
-  for name, value in expected.items():
-    if not name.endswith("grad_norm"):
-      assert metrics[name] == pytest.approx(value, rel=0.05, abs=0.01), name
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+def test_bfloat16_computes_the_same_losses_but_for_noise():
+  """Mean of each term over 48 batches: 1 % (measured: 0.1 %), and 5 % for the global branch's KL.
+
+  A single batch tells little of the latter, whose teacher has made a step by a bfloat16 gradient:
+  it is off by 6 % (standard deviation), the mean by 0.8 %.
+  """
+  means = {}
+  for dtype in ("float32", "bfloat16"):
+    step = compiled_step(dtype=dtype)
+    seen = []
+    for seed in range(48):
+      state, metrics = step(start(), tiny.batch(config(), BATCH, seed=seed))
+      seen.append(jax.device_get(metrics))
+      assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state.params))
+      assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    means[dtype] = {name: np.mean([metrics[name] for metrics in seen]) for name in seen[0]}
+  for name, value in means["float32"].items():
+    bound = 0.05 if name == "global/mutual_kl" else 0.01
+    assert means["bfloat16"][name] == pytest.approx(value, rel=bound), name
 
 
 class TestJoin:
