@@ -88,10 +88,12 @@ def average_parameters(average, params, step: jax.Array, decay: float):
 
 
 def _rate(factor: float, name: str) -> optax.GradientTransformation:
-  """Another rate for what is called `name`; a factor of 1 makes the program no longer."""
-  if factor == 1.0:
-    return optax.identity()
-  return optax.masked(optax.scale(factor), _inside(name))
+  """Another rate for what is called `name`; a factor of 1 makes the program no longer.
+
+  The state has the same structure whatever the factor, so that old checkpoints are read.
+  """
+  change = optax.identity() if factor == 1.0 else optax.scale(factor)
+  return optax.masked(change, _inside(name))
 
 
 def _inside(name: str):
