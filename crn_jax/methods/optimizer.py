@@ -60,8 +60,8 @@ def create(
     clip,
     optax.add_decayed_weights(config.weight_decay),
     optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
-    optax.masked(optax.scale(config.logit_scale_rate), _inside("logit_scale")),
-    optax.masked(optax.scale(config.backbone_rate), _inside("backbone")),
+    _rate(config.logit_scale_rate, "logit_scale"),
+    _rate(config.backbone_rate, "backbone"),
     optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch, total_steps)),
   )
 
@@ -85,6 +85,15 @@ def average_parameters(average, params, step: jax.Array, decay: float):
   """
   decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return optax.incremental_update(params, average, 1.0 - decay)
+
+
+def _rate(factor: float, name: str) -> optax.GradientTransformation:
+  """Another rate for what is called `name`; a factor of 1 makes the program no longer.
+
+  The state has the same structure whatever the factor, so that old checkpoints are read.
+  """
+  change = optax.identity() if factor == 1.0 else optax.scale(factor)
+  return optax.masked(change, _inside(name))
 
 
 def _inside(name: str):

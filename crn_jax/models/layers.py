@@ -94,19 +94,20 @@ class BatchNorm(nn.Module):
   def _batch_statistics(self, x, mask):
     """Mean, biased variance (two passes, as PyTorch) and count over batch, positions, devices."""
     axes = tuple(range(x.ndim - 1))
-    weight = jnp.ones(x.shape[:-1], x.dtype) if mask is None else mask.astype(x.dtype)
-    weight = weight[..., None]
+    weight = None if mask is None else mask[..., None].astype(x.dtype)
 
-    def total(value):
-      value = jnp.sum(value, axes)
+    def over_devices(value):
       return jax.lax.psum(value, self.axis_name) if self.axis_name else value
 
-    n = total(weight)
-    mean = total(x * weight) / n
+    def total(value):
+      return over_devices(jnp.sum(value if weight is None else value * weight, axes))
+
+    n = over_devices(math.prod(x.shape[:-1]) if weight is None else jnp.sum(weight, axes))
+    mean = total(x) / n
     # The variance has no gradient by way of the mean; without the stop, its rounding noise is large
     # where a small batch has little variance.
     deviation = x - jax.lax.stop_gradient(mean)
-    return mean, total(jnp.square(deviation) * weight) / n, n
+    return mean, total(jnp.square(deviation)) / n, n
 
 
 class ConvUnit(nn.Module):
