@@ -14,12 +14,12 @@ from crn_jax.errors import UserError
 from crn_jax.models import linear
 
 
-def gem_pool(x: jax.Array, p: jax.Array | float, mask: jax.Array | None = None) -> jax.Array:
+def gem_pool(x: jax.Array, p: jax.Array, mask: jax.Array | None = None) -> jax.Array:
   """Generalised mean over positions: (mean(max(x, 1e-6)^p))^(1/p), per channel.
 
   Args:
     x: [batch, *positions, channels].
-    p: exponent; a Python float may be 1.0 (plain mean without clamp) or infinity (maximum).
+    p: exponent, above 0.
     mask: [batch, *positions] bool, False where a position does not count.
 
   Returns:
@@ -27,10 +27,6 @@ def gem_pool(x: jax.Array, p: jax.Array | float, mask: jax.Array | None = None) 
   """
   axes = tuple(range(1, x.ndim - 1))
   where = None if mask is None else mask[..., None]
-  if isinstance(p, float) and p == 1.0:
-    return jnp.mean(x, axes, where=where)
-  if isinstance(p, float) and math.isinf(p):
-    return jnp.max(x, axes, where=where, initial=-math.inf)
   x = jnp.maximum(x, 1e-6)
   # In units of the largest value: 1e-6^6.5 is no number of float32 any more, and its gradient is
   # not finite. The result does not depend on the unit, so there is no gradient by way of it.
