@@ -168,7 +168,8 @@ def test_queries_and_groups_are_those_of_the_release(data, expected):
 
 
 SETTINGS = {
-  "batch_size": 4, "image_size": 8, "resize": 8, "augmentation": "none", "seed": 3, "num_steps": 9,
+  "batch_size": 4, "image_size": 8, "resize": 8, "augmentation": "none",
+  "interpolation": "bilinear", "seed": 3, "num_steps": 9,
 }  # fmt: skip
 
 
