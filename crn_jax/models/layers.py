@@ -28,9 +28,10 @@ def gem_pool(x: jax.Array, p: jax.Array, mask: jax.Array | None = None) -> jax.A
   axes = tuple(range(1, x.ndim - 1))
   where = None if mask is None else mask[..., None]
   x = jnp.maximum(x, 1e-6)
-  # In units of the largest value: 1e-6^6.5 is no number of float32 any more, and its gradient is
-  # not finite. The result does not depend on the unit, so there is no gradient by way of it.
-  unit = jnp.max(x, axes, where=where, initial=1e-6, keepdims=True)
+  # Where float32 has no such powers (1e-6^6.5 is zero, and its gradient NaN) they are taken in
+  # units of the largest value. The result does not depend on the unit, nor does its gradient.
+  largest = jnp.max(x, axes, where=where, initial=1e-6, keepdims=True)
+  unit = jnp.where(jnp.abs(p * jnp.log2(largest)) < 60, 1.0, largest)
   unit = jax.lax.stop_gradient(unit)
   shares = x / unit if where is None else jnp.where(where, x / unit, 1.0)
   return unit.reshape(x.shape[0], -1) * jnp.mean(shares**p, axes, where=where) ** (1.0 / p)
