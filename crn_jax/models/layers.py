@@ -179,8 +179,15 @@ class InceptionUnit(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, mask, *, train: bool, update_stats: bool):
-    """[batch, *positions, channels] -> [batch, *positions, features], not negative."""
+  def __call__(self, x, average, mask, *, train: bool, update_stats: bool):
+    """[batch, *positions, channels] -> [batch, *positions, features], not negative.
+
+    Args:
+      x: input.
+      average: `average_3(x, mask)`, which the units of one input share.
+      mask: [batch, *positions] bool or None.
+      train, update_stats: see `BatchNorm`.
+    """
     channels = x.shape[-1]
     if channels % 64 or self.features % 16:
       raise UserError(
@@ -200,7 +207,7 @@ class InceptionUnit(nn.Module):
         unit("branch0", out[0], 1)(x),
         unit("branch1_1", out[1], 3)(unit("branch1_0", hidden, 1)(x)),
         unit("branch2_2", out[2], 3)(unit("branch2_1", narrow, 3)(unit("branch2_0", hidden, 1)(x))),
-        unit("branch3", out[3], 1)(average_3(x, mask)),
+        unit("branch3", out[3], 1)(average),
       ],
       axis=-1,
     )

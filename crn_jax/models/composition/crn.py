@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
-from crn_jax.models.layers import InceptionUnit
+from crn_jax.models.layers import InceptionUnit, average_3
 
 
 class _Composition(nn.Module):
@@ -43,7 +43,8 @@ class _Composition(nn.Module):
     def unit(name):
       return InceptionUnit(base.shape[-1], self.axis_name, self.dtype, name=name)
 
-    return unit("gamma")(context, mask, **mode) * base + unit("beta")(context, mask, **mode)
+    inputs = context, average_3(context, mask), mask
+    return unit("gamma")(*inputs, **mode) * base + unit("beta")(*inputs, **mode)
 
 
 class LocalComposition(_Composition):
