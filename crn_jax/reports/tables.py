@@ -132,10 +132,24 @@ def describe(results: Results) -> str:
 
 def notes(results: Results) -> list[str]:
   """What else belongs to the results, in sentences."""
-  notes = []
+  notes = _whole_galleries(results)
   if results.ceilings:
     ceilings = ", ".join(f"{k.replace('_', ' ')} {v:.1f}" for k, v in results.ceilings.items())
     notes.append(f"Best possible R@10 of half a query on this synthetic set: {ceilings}.")
   if results.skipped:
     notes += missing.describe_skipped(results.skipped).splitlines()
   return notes
+
+
+def _whole_galleries(results: Results) -> list[str]:
+  """Cut-offs at which every ranked target is a hit, as they take in all of a gallery."""
+  parts = results.categories.values() or [results.summary]
+  found = []
+  for protocol in results.summary.protocols:
+    size = min(part.protocols[protocol].counts["gallery"] for part in parts)
+    whole = [m for m in results.metrics if int(m.partition("@")[2]) >= size]
+    if whole:
+      found.append(
+        f"{', '.join(whole)} of {protocol} say nothing: a gallery of {size} images has no more."
+      )
+  return found

@@ -105,3 +105,12 @@ def test_a_table_without_rows_is_its_note():
 def test_a_recall_that_was_not_measured_is_a_dash():
   recalls = Recalls({"R@1": 12.34}, {"R@1": (10.0, 15.0)})
   assert tables.recall_cells(recalls, ["R@1", "R@7"]) == (Cell("12.34", "10.0-15.0"), Cell("-"))
+
+
+def test_a_cut_off_as_large_as_the_gallery_is_said_to_say_nothing(tmp_path):
+  config, split = made_up.config(), made_up.split(tmp_path)
+  config.eval.recall_at = (1, 10, 25)
+  results = made_up.evaluation(config, made_up.dataset(split)).results
+  text = tables.results_as_text(results)
+  assert "R@25 of val_split say nothing: a gallery of 25 images has no more." in text
+  assert "of original_split say nothing" not in text
