@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 
@@ -319,3 +320,12 @@ def test_a_folder_that_is_none_or_cannot_be_written_is_found_first(root, tmp_pat
   (tmp_path / "file").touch()
   with pytest.raises(UserError, match="file: is no folder; choose another --workdir"):
     train.train(tiny.config(root), tmp_path / "file" / "run")
+
+
+def test_data_in_a_folder_whose_name_is_no_utf8_are_trained_on_and_drawn(tmp_path):
+  folder = pathlib.Path(os.fsdecode(bytes(tmp_path) + b"/d\xff\xfe"))
+  config = tiny.config(tiny.draw(folder))
+  config.num_epochs = 1
+  shown = train.train(config, tmp_path / "run")
+  for name in ("report.html", "retrieval_dress.png", "attention_dress.png"):
+    assert name in shown

@@ -81,6 +81,13 @@ def check_data(fingerprint: str, workdir: str | os.PathLike) -> None:
 def check_folder(workdir: str | os.PathLike) -> None:
   """Raises UserError unless a run can be written to this folder; nothing is written."""
   path = pathlib.Path(workdir).absolute()
+  try:
+    str(path).encode()
+  except UnicodeEncodeError:
+    raise UserError(
+      f"{path!r}: the name is no UTF-8, which TensorBoard's and Orbax's files need; choose another "
+      f"--workdir"
+    ) from None
   there = next(p for p in (path, *path.parents) if p.exists())
   if not there.is_dir():
     raise UserError(f"{there}: is no folder; choose another --workdir")

@@ -1,8 +1,10 @@
 import json
+import os
 
 import pytest
 
 from configs import default
+from crn_jax.errors import UserError
 from crn_jax.workdir import run
 
 
@@ -63,3 +65,10 @@ def test_a_file_is_written_whole(tmp_path):
   run.write_json({"a": 1}, tmp_path / "eval.json")
   assert json.loads((tmp_path / "eval.json").read_text()) == {"a": 1}
   assert [p.name for p in tmp_path.iterdir()] == ["eval.json"]
+
+
+def test_a_folder_whose_name_is_no_utf8_is_refused_before_anything_is_written(tmp_path):
+  name = os.fsdecode(bytes(tmp_path) + b"/run\xff")
+  with pytest.raises(UserError, match="is no UTF-8"):
+    run.check_folder(name)
+  assert not list(tmp_path.iterdir())
