@@ -1,6 +1,7 @@
 """The training loop, for any method: data, update, logs, checkpoints, evaluation."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Iterator
@@ -131,10 +132,15 @@ class Training:
       config, workdir, resumes, parallel, dataset, vocabulary, method, tx, encoder, plan
     )  # fmt: skip
 
+  @functools.cached_property
+  def abstract_state(self) -> TrainState:
+    """Shapes of the state; tracing a large model takes seconds, so that it is done once."""
+    return state.abstract(self.method)
+
   def describe(self) -> str:
     """What is about to be done, for people to read."""
     train = self.dataset.train
-    n_params = sum(x.size for x in jax.tree.leaves(state.abstract(self.method).params))
+    n_params = sum(x.size for x in jax.tree.leaves(self.abstract_state.params))
     lines = [
       f"{self.dataset.name}: {len(train.triplets)} triplets of {len(train.image_paths)} images, "
       f"{len(self.vocabulary)} words",
@@ -182,7 +188,7 @@ class Training:
 
   def _start_state(self, checkpoints: Checkpoints) -> TrainState:
     if self.resumes:
-      restored = checkpoints.restore_last(state.abstract(self.method))
+      restored = checkpoints.restore_last(self.abstract_state)
       print(f"continuing from the checkpoint at step {int(restored.step)}")
       if restored.step > self.plan.total_steps:
         raise UserError(

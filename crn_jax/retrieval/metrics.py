@@ -8,6 +8,8 @@ import numpy as np
 # every cut-off, however small the gallery.
 UNRANKED = np.iinfo(np.int64).max
 
+_LEVEL = 95.0  # Share of the bootstrap distribution inside an interval, in percent.
+
 
 def recall_at_k(ranks: np.ndarray, ks: Iterable[int]) -> dict[int, float]:
   """Share of queries whose target is among the first k of their ranking.
@@ -29,9 +31,9 @@ def recall_at_k(ranks: np.ndarray, ks: Iterable[int]) -> dict[int, float]:
 
 
 def recall_interval(
-  ranks: Sequence[np.ndarray], k: int, *, level: float = 95.0, draws: int = 10_000
+  ranks: Sequence[np.ndarray], k: int, *, draws: int = 10_000
 ) -> tuple[float, float]:
-  """Bootstrap interval over queries of a recall, or of the mean of several recalls.
+  """95 % bootstrap interval over queries of a recall, or of the mean of several recalls.
 
   The number of hits in a resample of n queries, drawn with replacement, is binomial: it is drawn
   as such, which is the same bootstrap without the resampling. Reproducible (fixed seed).
@@ -39,7 +41,6 @@ def recall_interval(
   Args:
     ranks: for each recall of the mean, [q] int 0-based ranks of the targets; resampled separately.
     k: cut-off.
-    level: share of the bootstrap distribution inside the interval, in percent.
     draws: resamples.
 
   Returns:
@@ -53,5 +54,5 @@ def recall_interval(
   for r in ranks:
     (share,) = recall_at_k(r, [k]).values()
     means += rng.binomial(len(r), share / 100.0, draws) / len(r) / len(ranks)
-  low, high = 100.0 * np.quantile(means, [0.5 - level / 200.0, 0.5 + level / 200.0])
+  low, high = 100.0 * np.quantile(means, [0.5 - _LEVEL / 200.0, 0.5 + _LEVEL / 200.0])
   return float(low), float(high)
