@@ -161,6 +161,8 @@ def flops(jaxpr: core.Jaxpr) -> int:
       total += 2 * eqn.outvars[0].aval.size * kernel.size // kernel.shape[numbers.rhs_spec[0]]
     elif eqn.primitive.name == "scan":
       total += eqn.params["length"] * sum(inner)
+    elif eqn.primitive.name == "pallas_call":
+      total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
     elif eqn.primitive.name == "cond":
       total += max(inner)
     else:

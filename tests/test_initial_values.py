@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from crn_jax import initial_values, state
+from crn_jax.models.backbones import remat
 from crn_jax.models.preprocessing import IMAGENET
 from crn_jax.workdir import weights
 from tests import tiny_model
@@ -55,6 +56,28 @@ def test_values_drawn_alike_share_a_program_and_nothing_else_is_compiled(monkeyp
   found = initial_values.draw(init, KEY)
   jax.tree.map(np.testing.assert_array_equal, found, jax.jit(init)(KEY))
   assert len(compiled) == 4
+  assert not any("dot_general" in text for text in compiled)
+
+
+@pytest.mark.parametrize("choice", remat.CHOICES)
+def test_whatever_blocks_keep_no_program_of_initial_values_holds_the_model(choice, monkeypatch):
+  """The same values for all, and no matrix product compiled for them."""
+  compiled = []
+  original = initial_values._compile
+
+  def recording(programs):
+    compiled.extend(programs)
+    return original(programs)
+
+  c = tiny_model.config()
+  expected = leaves(initial_values.draw(tiny_model.model(c).init, KEY))
+  c.model.remat = choice
+  monkeypatch.setattr(initial_values, "_compile", recording)
+  found = leaves(initial_values.draw(tiny_model.model(c).init, KEY))
+  assert found.keys() == expected.keys()
+  for name, value in found.items():
+    np.testing.assert_array_equal(value, expected[name], err_msg=name)
+  assert compiled
   assert not any("dot_general" in text for text in compiled)
 
 

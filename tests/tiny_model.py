@@ -16,6 +16,7 @@ def config(names: str = "crn", **backbone):
   c = default.get_config(names)
   c.data.image_size = 32
   c.data.max_words = 8
+  c.model.remat = "none"  # Less to compile.
   if c.model.backbone.name == "resnet50":
     c.model.backbone.update(depths=(1, 1), width=8)  # Maps of 32 and 64 channels.
   else:

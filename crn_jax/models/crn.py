@@ -80,7 +80,9 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = registry.create(c.backbone, dtype, self.axis_name, c.remat)
+    # Rematerialised blocks would hide from `initial_values` how each parameter is drawn.
+    remat = "none" if self.is_initializing() else c.remat
+    self.backbone = registry.create(c.backbone, dtype, self.axis_name, remat)
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]

@@ -5,10 +5,14 @@ import jax
 
 from crn_jax.errors import UserError
 
+# What a block gives this name (`jax.ad_checkpoint.checkpoint_name`) is kept by 'dots': results of
+# linear layers and of attention, not the larger or cheaper ones between them. They are named after
+# the bias: before it, the bias could not be added by the product itself.
+KEPT = "kept"
+
 # model.remat -> what jax.checkpoint may keep besides a block's input.
 _POLICIES = {
-  # Results of linear layers, not the larger ones of attention's products and of the GELU.
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names(KEPT),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 CHOICES = ("none", *_POLICIES)
@@ -21,8 +25,8 @@ def rematerialised(
 
   Args:
     block: class of the block; parameters keep their names.
-    remat: 'none' keeps what the gradient needs, 'full' the block's input alone, 'dots' also the
-      results of linear layers.
+    remat: 'none' keeps what the gradient needs, 'full' the block's input alone, 'dots' also
+      what is named `KEPT`.
     scanned: whether it is the body of a scan, in which XLA cannot undo this.
     static_argnums: arguments of `__call__` that are no arrays, self being 0.
 

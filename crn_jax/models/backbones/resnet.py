@@ -10,11 +10,12 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.models import linear
 from crn_jax.models.backbones import stacking
 from crn_jax.models.backbones.feature_maps import FeatureMaps
-from crn_jax.models.backbones.remat import rematerialised
+from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.layers import BatchNorm
 
 EXPANSION = 4  # Output of a block in widths of its 3 x 3 convolution.
@@ -62,7 +63,7 @@ class Bottleneck(nn.Module):
     """[batch, h, w, channels] -> [batch, ceil(h / stride), ceil(w / stride), 4 * width]."""
 
     def unit(x, name, features, side, stride=1):
-      x = conv(features, side, stride, self.dtype, f"conv{name}")(x)
+      x = checkpoint_name(conv(features, side, stride, self.dtype, f"conv{name}")(x), KEPT)
       bn = BatchNorm(self.axis_name, self.dtype, name=f"bn{name}")
       return bn(x, None, train=train, update_stats=train)
 

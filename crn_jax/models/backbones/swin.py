@@ -12,12 +12,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
-from crn_jax.models.backbones import stacking
+from crn_jax.models.backbones import stacking, window_attention
 from crn_jax.models.backbones.feature_maps import FeatureMaps
-from crn_jax.models.backbones.remat import rematerialised
+from crn_jax.models.backbones.remat import KEPT, rematerialised
+from crn_jax.models.backbones.window_attention import Windows
+from crn_jax.models.layer_norm import LayerNorm
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -32,11 +35,6 @@ VARIANTS = {
 }  # fmt: skip
 
 _trunc_normal = nn.initializers.truncated_normal(0.02)
-
-
-def layer_norm(dtype, name: str | None = None) -> nn.LayerNorm:
-  """LayerNorm as in PyTorch: eps 1e-5 and the two-pass variance, which loses no digits."""
-  return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name)
 
 
 def dense(features: int, dtype, name: str, use_bias: bool = True) -> nn.Dense:
@@ -101,39 +99,65 @@ def _join_windows(x, window: tuple[int, int], grid: tuple[int, int]):
 
 
 class WindowAttention(nn.Module):
-  """Multi-head self-attention inside windows, with a relative position bias."""
+  """Multi-head self-attention inside (shifted) windows, with a relative position bias.
+
+  In bfloat16 on a GPU it is one kernel, where that fits: see `window_attention`.
+  """
 
   num_heads: int
-  window: tuple[int, int]
+  window_size: int
+  shifted: bool
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: jax.Array, mask: np.ndarray | None) -> jax.Array:
-    """[batch * windows, n, dim] (+ mask [windows, n, n]) -> the same shape."""
-    n, dim = x.shape[1:]
-    head_dim = dim // self.num_heads
-    qkv = dense(3 * dim, self.dtype, "qkv")(x).reshape(-1, n, 3, self.num_heads, head_dim)
-    q, k, v = qkv[:, :, 0] * head_dim**-0.5, qkv[:, :, 1], qkv[:, :, 2]
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[batch, h, w, dim] -> the same shape."""
+    h, w, dim = x.shape[1:]
+    windows = Windows.of_grid((h, w), self.window_size, self.shifted)
+    to_qkv, to_out = dense(3 * dim, self.dtype, "qkv"), dense(dim, self.dtype, "proj")
+    bias = self._bias(windows)
+    if window_attention.chosen(self.dtype, dim // self.num_heads, (h, w), windows):
+      qkv = checkpoint_name(to_qkv(x), KEPT)
+      qkv = qkv.reshape(-1, h, w, 3, self.num_heads, dim // self.num_heads)
+      attended = window_attention.attend(qkv, bias, windows)
+      return to_out(checkpoint_name(attended, KEPT).reshape(x.shape))
+    (rows, columns), shift = windows.grid, windows.shift
+    x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2))
+    x = jnp.pad(x, ((0, 0), (0, rows - h), (0, columns - w), (0, 0)))
+    qkv = checkpoint_name(to_qkv(_split_windows(x, windows.window)), KEPT)
+    x = to_out(checkpoint_name(self._attend(qkv, bias, windows), KEPT))
+    x = _join_windows(x, windows.window, windows.grid)
+    return jnp.roll(x[:, :h, :w], shift, (1, 2))
+
+  def _attend(self, qkv: jax.Array, bias: jax.Array, windows: Windows) -> jax.Array:
+    """[batch * windows, n, 3 * dim] -> [batch * windows, n, dim]."""
+    n, width = qkv.shape[1:]
+    qkv = qkv.reshape(-1, n, 3, self.num_heads, width // 3 // self.num_heads)
+    q, k, v = qkv[:, :, 0] * qkv.shape[-1] ** -0.5, qkv[:, :, 1], qkv[:, :, 2]
     # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
     logits = jnp.einsum(
       "bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)
     )
-    table = self.param(
-      "relative_position_bias_table",
-      _trunc_normal,
-      ((2 * self.window[0] - 1) * (2 * self.window[1] - 1), self.num_heads),
-    )
-    bias = table[relative_position_index(self.window).reshape(-1)]
-    bias = bias.reshape(n, n, self.num_heads).transpose(2, 0, 1)
     logits = logits + bias
-    if mask is not None:
+    if any(windows.shift):
+      mask = shift_mask(windows.grid, windows.window, windows.shift)
       logits = logits.reshape(-1, mask.shape[0], *logits.shape[1:]) + mask[:, None].astype(
         logits.dtype
       )
       logits = logits.reshape(-1, *logits.shape[2:])
     attention = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-    x = jnp.einsum("bhqk,bkhd->bqhd", attention, v).reshape(-1, n, dim)
-    return dense(dim, self.dtype, "proj")(x)
+    return jnp.einsum("bhqk,bkhd->bqhd", attention, v).reshape(-1, n, width // 3)
+
+  def _bias(self, windows: Windows) -> jax.Array:
+    """[heads, n, n] float32."""
+    rows, columns = windows.window
+    table = self.param(
+      "relative_position_bias_table",
+      _trunc_normal,
+      ((2 * rows - 1) * (2 * columns - 1), self.num_heads),
+    )
+    bias = table[relative_position_index(windows.window).reshape(-1)]
+    return bias.reshape(rows * columns, rows * columns, self.num_heads).transpose(2, 0, 1)
 
 
 class SwinBlock(nn.Module):
@@ -153,26 +177,18 @@ class SwinBlock(nn.Module):
       factors: [2, batch] by which what the two units add is multiplied, or None: by 1.
     """
     attention, mlp = (None, None) if factors is None else factors
-    x = x + _scaled(self._attend(layer_norm(self.dtype, "norm1")(x)), attention)
-    y = dense(4 * x.shape[-1], self.dtype, "mlp_fc1")(layer_norm(self.dtype, "norm2")(x))
+    attend = WindowAttention(
+      self.num_heads, self.window_size, self.shifted, self.dtype, name="attn"
+    )
+    x = x + _scaled(attend(LayerNorm(dtype=self.dtype, name="norm1")(x)), attention)
+    x = checkpoint_name(x, KEPT)
+    y = dense(4 * x.shape[-1], self.dtype, "mlp_fc1")(LayerNorm(dtype=self.dtype, name="norm2")(x))
+    y = checkpoint_name(y, KEPT)
     return x + _scaled(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), mlp)
 
   def drop_path_keys(self) -> tuple[jax.Array, jax.Array]:
     """PRNG keys of the two units' stochastic depth; a block's own, by its name."""
     return self.make_rng("drop_path"), self.make_rng("drop_path")
-
-  def _attend(self, x: jax.Array) -> jax.Array:
-    h, w = x.shape[1:3]
-    window = (min(self.window_size, h), min(self.window_size, w))
-    shift = tuple(self.window_size // 2 if self.shifted and side > self.window_size else 0
-                  for side in (h, w))  # fmt: skip
-    x = jnp.roll(x, (-shift[0], -shift[1]), (1, 2))
-    grid = tuple(-(-side // win) * win for side, win in zip((h, w), window, strict=True))
-    x = jnp.pad(x, ((0, 0), (0, grid[0] - h), (0, grid[1] - w), (0, 0)))
-    mask = shift_mask(grid, window, shift) if any(shift) else None
-    attention = WindowAttention(self.num_heads, window, self.dtype, name="attn")
-    x = _join_windows(attention(_split_windows(x, window), mask), window, grid)
-    return jnp.roll(x[:, :h, :w], shift, (1, 2))
 
 
 def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
@@ -219,7 +235,7 @@ class PatchMerging(nn.Module):
     x = jnp.concatenate(
       [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], axis=-1
     )
-    x = layer_norm(self.dtype, "norm")(x)
+    x = LayerNorm(dtype=self.dtype, name="norm")(x)
     return dense(2 * dim, self.dtype, "reduction", use_bias=False)(x)
 
 
@@ -290,7 +306,7 @@ class SwinTransformer(nn.Module):
       own = slice(first, first + depth)
       x = self._stage(i, blocks[own], x, None if factors is None else factors[own])
       first += depth
-    return FeatureMaps(layer_norm(self.dtype, "norm")(x), (*stages, x))
+    return FeatureMaps(LayerNorm(dtype=self.dtype, name="norm")(x), (*stages, x))
 
   def _stage(
     self, i: int, blocks: Sequence[SwinBlock], x: jax.Array, factors: jax.Array | None
@@ -345,4 +361,4 @@ class SwinTransformer(nn.Module):
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
     # Random biases, unlike timm's other layers: they also keep LayerNorm finite on a zero image.
     x = linear.torch_dense(x.shape[-1], self.embed_dim, self.dtype, name="patch_embed")(x)
-    return layer_norm(self.dtype, "patch_norm")(x)
+    return LayerNorm(dtype=self.dtype, name="patch_norm")(x)

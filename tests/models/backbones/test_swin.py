@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from crn_jax.convert import layout, timm
 from crn_jax.models.backbones import swin
+from crn_jax.models.backbones.window_attention import Windows
 from tests import release
 
 TIMM = release.load_json("timm_swin_keys.json")["models"]
@@ -60,16 +61,19 @@ def test_names_and_shapes_are_those_of_timm(variant):
 def test_windows_shifts_and_stochastic_depth_are_those_of_timm(variant):
   facts, _, seen = variant
   blocks = [m for m, _ in seen if isinstance(m, swin.SwinBlock)]
-  attentions = [(m.window, args[1]) for m, args in seen if isinstance(m, swin.WindowAttention)]
+  attentions = [
+    Windows.of_grid(args[0].shape[1:3], m.window_size, m.shifted)
+    for m, args in seen
+    if isinstance(m, swin.WindowAttention)
+  ]
   flat = {
     k: [v for stage in facts[k] for v in stage]
     for k in ("drop_path_rates", "window_per_block", "shift_per_block")
   }
   rates = swin.drop_path_rates(0.1, len(blocks))
   np.testing.assert_allclose(rates, flat["drop_path_rates"], atol=1e-7)
-  assert [list(window) for window, _ in attentions] == flat["window_per_block"]
-  masked = [mask is not None for _, mask in attentions]
-  assert masked == [any(shift) for shift in flat["shift_per_block"]]
+  assert [list(w.window) for w in attentions] == flat["window_per_block"]
+  assert [list(w.shift) for w in attentions] == flat["shift_per_block"]
 
 
 def state_dict(params) -> dict[str, np.ndarray]:
