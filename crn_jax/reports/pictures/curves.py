@@ -274,7 +274,7 @@ def _names(history: History, kind: str) -> list[tuple[str, str]]:
 
 
 def _recalls(history: History) -> list[_Panel]:
-  """A panel a protocol of `eval/<protocol>/R@<k>`, of those measured more than once."""
+  """A panel a protocol of `eval/<protocol>/<metric>`, of those measured more than once."""
   names = _names(history, "eval")
   metrics = list(dict.fromkeys(metric for _, metric in names))
   panels = {}
