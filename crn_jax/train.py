@@ -320,7 +320,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   """Evaluates a trained run; nothing is rebuilt from the training data.
 
   A training may go on in the folder meanwhile. Results on another data set than the run's go to
-  `on_DATASET` in the folder, beside the run's own.
+  `other_data/DATASET` in the folder, beside the run's own.
 
   Args:
     config: of the run; the fields in `run.fields_free_to_evaluate` may differ.
@@ -375,8 +375,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     chosen_by = run.load_config(workdir).eval.best_metric
     beside = tuple(dataclasses.replace(r, best_metric=chosen_by) for r in results.beside)
     results = dataclasses.replace(results, best_metric=chosen_by, beside=beside)
-    folder = workdir / f"on_{config.data.dataset}"
-    folder.mkdir(exist_ok=True)
+    folder = workdir / "other_data" / config.data.dataset
     run.save_config(config, folder)
   evaluation = dataclasses.replace(evaluation, results=results)
   return conclude(encoder, variables, vocabulary, folder, dataset, evaluation)

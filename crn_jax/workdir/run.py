@@ -41,7 +41,7 @@ _ADDED = {
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
             "events.out.tfevents.*", "eval.json", "report.html", "pictures", "plugins",
-            "on_*", "submission")  # fmt: skip
+            "other_data", "submission")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -158,7 +158,7 @@ SPEC = DatasetSpec(
     "all right images of a query, R@K the one that it was written for"
   },
   tfds=TfdsSpec(
-    class_name="CrnCIRCO",
+    class_name="CrnCirco",
     description="CIRCO (Baldrati et al., ICCV 2023): a reference image and a caption -> targets.",
     homepage="https://github.com/miccunifi/CIRCO",
     manual_download_instructions=f"A folder with annotations/ and {_COCO}/.",

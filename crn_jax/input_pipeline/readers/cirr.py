@@ -173,7 +173,7 @@ SPEC = DatasetSpec(
     "five other images of its img_set"
   },
   tfds=TfdsSpec(
-    class_name="CrnCIRR",
+    class_name="CrnCirr",
     description="CIRR (Liu et al., ICCV 2021): a reference image and a caption -> a target.",
     homepage="https://github.com/Cuberick-Orion/CIRR",
     manual_download_instructions="A folder with captions/, image_splits/ and img_raw/.",
