@@ -1,4 +1,4 @@
-"""Trains, evaluates, compares, plans CRN, or checks its data: main.py --config=configs/demo.py."""
+"""Trains, evaluates, submits, compares, plans CRN, checks data: main.py --config=configs/demo.py"""
 
 import functools
 import os

@@ -16,7 +16,7 @@ import numpy as np
 
 from crn_jax import configuration, state
 from crn_jax.errors import UserError
-from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile
+from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile, SubmissionSpec
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import registry
@@ -46,12 +46,7 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   """
   workdir = pathlib.Path(workdir)
   configuration.check(config, eval_devices=jax.device_count())
-  spec = DATASETS[config.data.dataset].submission
-  if spec is None:
-    known = [name for name, other in DATASETS.items() if other.submission]
-    raise UserError(
-      f"data.dataset = {config.data.dataset!r} has no server to submit to; {', '.join(known)} have"
-    )
+  _spec(config)  # Before anything is read.
   run.check_trained(workdir)
   run.check_config(config, workdir, free=run.fields_free_to_evaluate(config, workdir))
   parallel = DataParallel.create(config.parallel.mode)
@@ -59,14 +54,35 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = Encoder.create(method, parallel)
   step, variables = _restore(workdir, which, method)
+  variables = parallel.replicate(variables)
+  return submit_with(
+    encoder, variables, vocabulary, workdir, f"the {which} checkpoint (step {step})"
+  )
+
+
+def submit_with(
+  encoder: Encoder, variables, vocabulary: Vocabulary, workdir: pathlib.Path, answered_by: str
+) -> str:
+  """Answers the queries of the server of the encoder's configuration, and writes its files.
+
+  Args:
+    encoder: compiled encoders.
+    variables: {'params', 'batch_stats'}, placed by the encoder's `parallel.replicate`.
+    vocabulary: by which texts are read.
+    workdir: gets `submission/`.
+    answered_by: the model in words.
+
+  Returns, Raises: see `submit`.
+  """
+  config = encoder.method.config
+  spec = _spec(config)
   (split,) = spec.read(config.data).evals
-  encoded = encoder.encode(parallel.replicate(variables), split, vocabulary)
+  encoded = encoder.encode(variables, split, vocabulary)
   contents = answers(split, encoded.composed, encoded.images, spec.files)
   paths = write(contents, split, workdir / "submission")
   return "\n".join(
     [
-      f"{config.data.dataset}: {len(split.queries):,} queries answered by the {which} checkpoint "
-      f"(step {step})",
+      f"{config.data.dataset}: {len(split.queries):,} queries answered by {answered_by}",
       "written:",
       *(f"  {path}" for path in paths),
       f"send them to {spec.server}",
@@ -175,6 +191,16 @@ def _wrong_answer(answer: object, file: SubmissionFile, allowed: frozenset[str])
   if strange := [name for name in answer if str(name) not in allowed]:
     return f"{strange[0]} is none of the {len(allowed)} images that are ranked"
   return None
+
+
+def _spec(config: ml_collections.ConfigDict) -> SubmissionSpec:
+  spec = DATASETS[config.data.dataset].submission
+  if spec is None:
+    known = [name for name, other in DATASETS.items() if other.submission]
+    raise UserError(
+      f"data.dataset = {config.data.dataset!r} has no server to submit to; {', '.join(known)} have"
+    )
+  return spec
 
 
 def _restore(workdir: pathlib.Path, which: str, method) -> tuple[int, dict]:
