@@ -1,4 +1,4 @@
-"""Trains, evaluates, compares, plans CRN, or checks its data: main.py --config=configs/demo.py."""
+"""Trains, evaluates, submits, compares, plans CRN, checks data: main.py --config=configs/demo.py"""
 
 import functools
 import os
@@ -23,14 +23,14 @@ _CONFIG = config_flags.DEFINE_config_file(
   "continue or evaluate the run in --workdir, which has its own.",
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "compare", "prepare", "plan"], "What to do."
+  "mode", "train", ["train", "eval", "submit", "compare", "prepare", "plan"], "What to do."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
 )
 _WORKDIRS = flags.DEFINE_list("workdirs", [], "Folders of the runs that --mode=compare compares.")
 _CHECKPOINT = flags.DEFINE_enum(
-  "checkpoint", "best", ["best", "last"], "Checkpoint that --mode=eval evaluates."
+  "checkpoint", "best", ["best", "last"], "Checkpoint of --mode=eval and --mode=submit."
 )
 _OVERWRITE = flags.DEFINE_bool(
   "overwrite",
@@ -89,6 +89,10 @@ def _run(mode: str) -> str:
   workdir = _workdir(config.name)
   if mode == "eval":
     return train.evaluate_run(config, workdir, _CHECKPOINT.value)
+  if mode == "submit":
+    from crn_jax import submit
+
+    return submit.submit(config, workdir, _CHECKPOINT.value)
   if _OVERWRITE.value:
     print(command_line.loss(workdir))
   return train.train(config, workdir, overwrite=_OVERWRITE.value)

@@ -131,7 +131,9 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   evaluation.batch_size = 64  # Images over all devices.
   evaluation.every_epochs = 1
   evaluation.recall_at = (1, 10, 50)
-  evaluation.exclude_reference = True  # A query's own reference image is not ranked.
+  # A query's own reference image is not ranked, where the protocol leaves it open; see
+  # docs/evaluation.md.
+  evaluation.exclude_reference = True
   # Metric that chooses the checkpoint kept as best: protocol/metric of eval.json.
   evaluation.best_metric = "val_split/R@10"
 

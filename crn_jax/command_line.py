@@ -52,7 +52,8 @@ def parse(argv: list[str], configs: pathlib.Path) -> list[str]:
 def complete(argv: list[str], configs: pathlib.Path) -> list[str]:
   """The same command line with the configuration first.
 
-  If none is named, but the folder of a run that shall be continued or evaluated, it is the run's.
+  If none is named, but the folder of a run that shall be continued, evaluated or submitted, it is
+  the run's.
 
   Raises:
     UserError: if that folder holds no run.
@@ -63,7 +64,7 @@ def complete(argv: list[str], configs: pathlib.Path) -> list[str]:
     rest = [arg for i, arg in enumerate(argv) if i not in moved]
     return [rest[0], *(argv[i] for i in moved), *rest[1:]]
   workdir = _value(argv, "workdir")
-  if not workdir or _value(argv, "mode") not in (None, "train", "eval"):
+  if not workdir or _value(argv, "mode") not in (None, "train", "eval", "submit"):
     return argv
   saved = os.path.join(os.path.expanduser(workdir), "config.json")
   if not os.path.exists(saved):

@@ -23,6 +23,7 @@ from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
 from crn_jax.models.preprocessing import INTERPOLATIONS
+from crn_jax.retrieval import metrics
 from crn_jax.workdir import run
 
 # Fields whose leading ~ stands for the home folder; the shell leaves it in --config.data.root=~/x.
@@ -169,7 +170,7 @@ RULES: dict[str, Rule | Choice] = {
   ),
   "eval.exclude_reference": TRUTH,
   "eval.best_metric": Rule(
-    "PROTOCOL/R@K, e.g. 'val_split/R@10'",
+    "PROTOCOL/METRIC, e.g. 'val_split/R@10'",
     lambda x: isinstance(x, str) and all(x.partition("/")),
   ),
   "log_every_steps": integer(1),
@@ -226,8 +227,9 @@ def _protocol(best_metric: str, dataset: str) -> str | None:
   return f"a protocol of {dataset} before the slash: {' or '.join(known)}"
 
 
-def _metric(best_metric: str, recall_at: tuple) -> str | None:
-  known = [f"R@{k}" for k in recall_at]
+def _metric(best_metric: str, recall_at: tuple, dataset: str) -> str | None:
+  spec = DATASETS[dataset]
+  known = metrics.names(recall_at, subsets=spec.has_subsets, truths=spec.has_truths)
   return (
     None if best_metric.partition("/")[2] in known else f"{' or '.join(known)} behind the slash"
   )
@@ -243,7 +245,7 @@ AGREEMENTS = (
   Agreement(("model.backbone.depths", "model.backbone.num_heads"), _stages),
   Agreement(("model.backbone.embed_dim", "model.backbone.num_heads"), _heads),
   Agreement(("eval.best_metric", "data.dataset"), _protocol),
-  Agreement(("eval.best_metric", "eval.recall_at"), _metric),
+  Agreement(("eval.best_metric", "eval.recall_at", "data.dataset"), _metric),
 )
 
 # Of the method CRN; its Inception units want these multiples, see `InceptionUnit`.

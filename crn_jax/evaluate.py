@@ -1,4 +1,4 @@
-"""Evaluation: Recall@K in every protocol of a data set, per kind of query and kind of text."""
+"""Evaluation: metrics in every protocol of a data set, per kind of query and kind of text."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,9 +12,13 @@ from crn_jax.reports.cases import TOP, Cases
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary
 from crn_jax.retrieval import metrics, ranking
 from crn_jax.retrieval.encode import Encoded, Encoder
+from crn_jax.retrieval.metrics import Outcome
 
-# split name -> protocol -> kind of query -> [queries] int, 0-based rank of the target.
-Ranks = dict[str, dict[str, dict[str, np.ndarray]]]
+# split name -> protocol -> kind of query -> what its queries found.
+Outcomes = dict[str, dict[str, dict[str, Outcome]]]
+
+# `EvalSplit.ranks_reference` as results have it.
+_REFERENCE = {None: None, False: "excluded", True: "kept"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,12 +28,12 @@ class Evaluation:
   Attributes:
     results: as written to eval.json, see docs/evaluation.md.
     encoded: split name -> its vectors.
-    ranks: of all targets; kinds of query other than "composed" only in the breakdown protocol.
+    outcomes: of all queries; kinds of query other than "composed" only in the breakdown protocol.
   """
 
   results: Results
   encoded: dict[str, Encoded]
-  ranks: Ranks
+  outcomes: Outcomes
 
 
 def evaluate(
@@ -52,7 +56,7 @@ def evaluate(
   """
   config = encoder.method.config
   encoded = {s.name: encoder.encode(variables, s, vocabulary) for s in dataset.evals}
-  ranks = {s.name: split_ranks(encoded[s.name], s, config) for s in dataset.evals}
+  outcomes = {s.name: find(encoded[s.name], s, config) for s in dataset.evals}
   several = dataset.evals if len(dataset.evals) > 1 else ()
   results = Results(
     dataset=dataset.name,
@@ -62,12 +66,12 @@ def evaluate(
     exclude_reference=config.eval.exclude_reference,
     best_metric=config.eval.best_metric,
     breakdown_protocol=breakdown_protocol(config),
-    summary=summarize(dataset.evals, ranks, config),
-    categories={s.name: summarize([s], ranks, config) for s in several},
+    summary=summarize(dataset.evals, outcomes, config),
+    categories={s.name: summarize([s], outcomes, config) for s in several},
     ceilings=dataset.ceilings,
     skipped=dataset.skipped,
   )
-  return Evaluation(results, encoded, ranks)
+  return Evaluation(results, encoded, outcomes)
 
 
 def cases(
@@ -84,7 +88,7 @@ def cases(
   """
   config = encoder.method.config
   protocol, encoded = breakdown_protocol(config), evaluation.encoded[split.name]
-  shown = Cases.choose(split, protocol, evaluation.ranks[split.name][protocol]["composed"])
+  shown = Cases.choose(split, protocol, evaluation.outcomes[split.name][protocol]["composed"].ranks)
   exclude = excluded_positions(split, protocol, config)[shown.chosen]
   gallery = gallery_vectors(encoded, split.galleries[protocol])
   positions, scores = ranking.top_k(encoded.composed[shown.chosen], gallery, TOP, exclude)
@@ -112,10 +116,10 @@ def caption_use(splits: Sequence[EvalSplit], config: ml_collections.ConfigDict) 
   return "single" if single and config.data.captions == "joined" else config.data.captions
 
 
-def split_ranks(
+def find(
   encoded: Encoded, split: EvalSplit, config: ml_collections.ConfigDict
-) -> dict[str, dict[str, np.ndarray]]:
-  """Ranks of one split's targets: protocol -> kind of query -> [queries] int."""
+) -> dict[str, dict[str, Outcome]]:
+  """What one split's queries find: protocol -> kind of query -> `Outcome`."""
   queries = (encoded.composed, encoded.images[split.queries.reference], encoded.text_only)
   by_kind = dict(zip(QUERY_KINDS, queries, strict=True))
 
@@ -123,50 +127,54 @@ def split_ranks(
     return QUERY_KINDS if protocol == breakdown_protocol(config) else ("composed",)
 
   return {
-    protocol: {
-      k: query_ranks(by_kind[k], encoded, split, protocol, config) for k in kinds(protocol)
-    }
+    protocol: {k: find_kind(by_kind[k], encoded, split, protocol, config) for k in kinds(protocol)}
     for protocol in split.galleries
   }
 
 
 def summarize(
-  splits: Sequence[EvalSplit], ranks: Ranks, config: ml_collections.ConfigDict
+  splits: Sequence[EvalSplit], outcomes: Outcomes, config: ml_collections.ConfigDict
 ) -> Summary:
-  """Recalls in percent: by protocol, by kind of query, by kind of text.
+  """Metrics in percent: by protocol, by kind of query, by kind of text.
 
   The last two are given for the protocol of eval.best_metric. Over several splits (categories)
-  recalls are means, as FashionIQ averages, and counts are sums.
+  metrics are means, as FashionIQ averages, and counts are sums.
 
   Args:
     splits: one or more, with the same protocols.
-    ranks: of these splits at least.
+    outcomes: of these splits at least.
     config: the whole configuration.
   """
   chosen = breakdown_protocol(config)
+  measured = metrics.names(
+    config.eval.recall_at,
+    subsets=all(s.subsets is not None for s in splits),
+    truths=all(s.truths is not None for s in splits),
+  )
 
-  def recalls(rows, **counts):
-    return _recalls(list(rows), config.eval.recall_at, counts)
+  def recalls(parts, **facts):
+    return Recalls(*metrics.measure(list(parts), measured), **facts)
 
   by_text_kind = None
   if all(s.queries.kinds for s in splits):
     by_text_kind = {}
     for kind in sorted({kind for s in splits for kind in s.queries.kinds}):
-      rows = [
-        ranks[s.name][chosen]["composed"][np.asarray(s.queries.kinds) == kind] for s in splits
+      parts = [
+        outcomes[s.name][chosen]["composed"].of(np.asarray(s.queries.kinds) == kind) for s in splits
       ]
-      rows = [r for r in rows if len(r)]
-      by_text_kind[kind] = recalls(rows, n_queries=sum(map(len, rows)))
+      parts = [part for part in parts if len(part)]
+      by_text_kind[kind] = recalls(parts, counts={"n_queries": sum(map(len, parts))})
   return Summary(
     n_queries=sum(len(s.queries) for s in splits),
     protocols={
       protocol: recalls(
-        (ranks[s.name][protocol]["composed"] for s in splits),
-        gallery=sum(len(s.galleries[protocol]) for s in splits),
+        (outcomes[s.name][protocol]["composed"] for s in splits),
+        counts={"gallery": sum(len(s.galleries[protocol]) for s in splits)},
+        reference=_REFERENCE[splits[0].ranks_reference.get(protocol)],
       )
       for protocol in splits[0].galleries
     },
-    by_query={k: recalls(ranks[s.name][chosen][k] for s in splits) for k in QUERY_KINDS},
+    by_query={k: recalls(outcomes[s.name][chosen][k] for s in splits) for k in QUERY_KINDS},
     by_text_kind=by_text_kind,
   )
 
@@ -181,39 +189,36 @@ def excluded_positions(
   split: EvalSplit, protocol: str, config: ml_collections.ConfigDict
 ) -> np.ndarray:
   """[queries] gallery position that a query does not rank (its own reference), or -1."""
-  if not config.eval.exclude_reference:
-    return np.full(len(split.queries), -1)
-  return split.reference_positions(protocol)
+  if split.excludes_reference(protocol, config.eval.exclude_reference):
+    return split.reference_positions(protocol)
+  return np.full(len(split.queries), -1)
 
 
-def query_ranks(
+def find_kind(
   queries: np.ndarray,
   encoded: Encoded,
   split: EvalSplit,
   protocol: str,
   config: ml_collections.ConfigDict,
-) -> np.ndarray:
-  """[queries] int, 0-based rank of each query's target in a protocol's gallery."""
-  gallery = split.galleries[protocol]
-  return ranking.target_ranks(
-    queries,
-    gallery_vectors(encoded, gallery),
-    split.target_labels,
-    excluded_positions(split, protocol, config),
-    labels=split.labels[gallery],
+) -> Outcome:
+  """What queries, given by their vectors, find in a protocol's gallery."""
+  rows = split.galleries[protocol]
+  gallery, exclude = gallery_vectors(encoded, rows), excluded_positions(split, protocol, config)
+  ranks = ranking.target_ranks(
+    queries, gallery, split.target_labels, exclude, labels=split.labels[rows]
   )
+  subset_ranks = hits = n_truths = None
+  if split.subsets is not None:
+    order = ranking.subset_order(queries, encoded.images, split.subsets)
+    is_target = order == split.queries.target[:, None]
+    subset_ranks = np.where(is_target.any(axis=1), is_target.argmax(axis=1), metrics.UNRANKED)
+  if split.truths is not None:
+    best, _ = ranking.top_k(queries, gallery, max(metrics.PRECISION_CUTS), exclude)
+    hits = (rows[best][:, :, None] == split.truths[:, None, :]).any(axis=2)
+    n_truths = (split.truths >= 0).sum(axis=1)
+  return Outcome(ranks, subset_ranks, hits, n_truths)
 
 
 def breakdown_protocol(config: ml_collections.ConfigDict) -> str:
   """The protocol for which recalls are broken down: that of eval.best_metric."""
   return config.eval.best_metric.partition("/")[0]
-
-
-def _recalls(ranks: list[np.ndarray], ks: Sequence[int], counts: dict[str, int]) -> Recalls:
-  """Means over splits."""
-  each = [metrics.recall_at_k(r, ks) for r in ranks]
-  return Recalls(
-    {f"R@{k}": float(np.mean([e[k] for e in each])) for k in ks},
-    {f"R@{k}": metrics.recall_interval(ranks, k) for k in ks},
-    counts,
-  )

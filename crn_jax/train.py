@@ -319,10 +319,11 @@ class Plan:
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
   """Evaluates a trained run; nothing is rebuilt from the training data.
 
-  A training may go on in the folder meanwhile.
+  A training may go on in the folder meanwhile. Results on another data set than the run's go to
+  `other_data/DATASET` in the folder, beside the run's own.
 
   Args:
-    config: of the run; the fields in `run.FREE_FIELDS` may differ.
+    config: of the run; the fields in `run.fields_free_to_evaluate` may differ.
     workdir: of the run.
     which: 'best' or 'last' checkpoint.
 
@@ -335,7 +336,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   workdir = pathlib.Path(workdir)
   configuration.check(config, eval_devices=jax.device_count())
   run.check_trained(workdir)
-  run.check_config(config, workdir, free=run.FREE_FIELDS)
+  run.check_config(config, workdir, free=run.fields_free_to_evaluate(config, workdir))
   parallel = DataParallel.create(config.parallel.mode)
   vocabulary = Vocabulary.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
@@ -369,8 +370,15 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     also=({"best", "last"} - {which}).pop() if steps["best"] == steps["last"] else None,
     beside=tuple(other.results for other in evaluations.values()),
   )
+  folder = workdir
+  if run.is_elsewhere(config, workdir):
+    chosen_by = run.load_config(workdir).eval.best_metric
+    beside = tuple(dataclasses.replace(r, best_metric=chosen_by) for r in results.beside)
+    results = dataclasses.replace(results, best_metric=chosen_by, beside=beside)
+    folder = workdir / "other_data" / config.data.dataset
+    run.save_config(config, folder)
   evaluation = dataclasses.replace(evaluation, results=results)
-  return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
+  return conclude(encoder, variables, vocabulary, folder, dataset, evaluation)
 
 
 def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:
@@ -379,7 +387,7 @@ def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evalu
     evaluate.cases(encoder, variables, vocabulary, split, evaluation) for split in dataset.evals
   ]
   results, config = evaluation.results, encoder.method.config
-  written = report.write(config, workdir, results, evaluation.ranks, shown, vocabulary)
+  written = report.write(config, workdir, results, evaluation.outcomes, shown, vocabulary)
   return "\n".join(
     [tables.results_as_text(results), "", "written:", *(f"  {path}" for path in written)]
   )

@@ -43,7 +43,7 @@ def encoded(*query_angles):
 
 
 def summarize(vectors, split, config):
-  ranks = {split.name: evaluate.split_ranks(vectors, split, config)}
+  ranks = {split.name: evaluate.find(vectors, split, config)}
   return evaluate.summarize([split], ranks, config)
 
 
@@ -87,8 +87,8 @@ def test_recall_by_kind_of_text(config, split):
 def test_several_splits_are_averaged_and_their_counts_summed(config, split):
   other = dataclasses.replace(split, name="shirt")
   ranks = {
-    "dress": evaluate.split_ranks(encoded(0.2, 0.3), split, config),
-    "shirt": evaluate.split_ranks(encoded(0.2, 0.0), other, config),
+    "dress": evaluate.find(encoded(0.2, 0.3), split, config),
+    "shirt": evaluate.find(encoded(0.2, 0.0), other, config),
   }
   results = evaluate.summarize([split, other], ranks, config)
   assert results.n_queries == 4

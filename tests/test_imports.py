@@ -29,11 +29,13 @@ ALLOWED = {
   "retrieval": {"methods", "parallel", "input_pipeline"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},
-  "configuration": {"input_pipeline", "methods", "models", "workdir.run"},
+  "configuration": {"input_pipeline", "methods", "models", "retrieval.metrics", "workdir.run"},
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
   "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "reports",
             "retrieval", "state", "training_step", "workdir"},
+  "submit": {"configuration", "input_pipeline", "methods", "parallel", "retrieval",
+             "state", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

@@ -190,7 +190,9 @@ class TestCompletedCommand:
     rest = ["--config.seed=3", "--workdir=nowhere"]
     assert self.complete(*rest, *config) == [*config, *rest]
 
-  @pytest.mark.parametrize("mode", [(), ("--mode=eval",), ("--mode", "eval"), ("-mode=train",)])
+  @pytest.mark.parametrize(
+    "mode", [(), ("--mode=eval",), ("--mode", "eval"), ("-mode=train",), ("--mode=submit",)]
+  )
   @pytest.mark.parametrize("form", ["--workdir={}", "-workdir={}", "--workdir {}"])
   def test_a_runs_own_is_taken_unless_one_is_named(self, mode, form, tmp_path):
     run.write_json({}, tmp_path / "config.json")

@@ -69,7 +69,7 @@ def test_a_run_leaves_its_files(finished):
   results = json.loads((workdir / "eval.json").read_text())
   assert results["checkpoint_step"] == 4
   assert results["n_queries"] == 30
-  assert set(results["protocols"]) == {"val_split", "original_split"}
+  assert set(results["protocols"]) == {"val_split", "original_split", "original_with_reference"}
   assert results["protocols"]["original_split"]["gallery"] == 40
   assert set(results["by_text_kind"]) == {"modification", "auxiliary"}
 

@@ -25,7 +25,7 @@ class Triplets:
 
   Attributes:
     reference: [n] int32, rows of the split's `image_paths`.
-    target: [n] int32, rows of the split's `image_paths`.
+    target: [n] int32, rows of the split's `image_paths`; -1 where the target is not published.
     texts: n tuples of captions; the vocabulary joins the captions of one text.
     kinds: n names of the kind of text ("modification", "auxiliary"), or None if not recorded.
   """
@@ -96,6 +96,13 @@ class EvalSplit:
     galleries: protocol name -> [g] int32 rows of `image_paths`, in gallery order.
     groups: [n images] int32 or None. Any image of the target's group is a hit; with None only the
       target itself is.
+    ranks_reference: protocol name -> whether queries rank their own reference image there. Where a
+      protocol is not named, `eval.exclude_reference` says it.
+    subsets: [queries, m] int32 or None: rows of a few images for each query among which its target
+      is ranked, too, without the reference; -1 fills up. For recall within a subset.
+    truths: [queries, m] int32 or None: rows of all images that are right, the target among them;
+      -1 fills up. For average precision.
+    query_ids: name of every query, as the data set's server wants it; None where there is none.
     store: as in `TrainSplit`.
   """
 
@@ -105,6 +112,10 @@ class EvalSplit:
   queries: Triplets
   galleries: dict[str, np.ndarray]
   groups: np.ndarray | None = None
+  ranks_reference: Mapping[str, bool] = dataclasses.field(default_factory=dict)
+  subsets: np.ndarray | None = None
+  truths: np.ndarray | None = None
+  query_ids: tuple[str, ...] | None = None
   store: ImageStore | None = None
 
   @property
@@ -123,6 +134,16 @@ class EvalSplit:
     gallery = self.galleries[protocol]
     position[gallery] = np.arange(len(gallery))
     return position[self.queries.reference]
+
+  def excludes_reference(self, protocol: str, otherwise: bool) -> bool:
+    """Whether queries leave out their own reference image in a protocol's gallery.
+
+    Args:
+      protocol: name of the gallery.
+      otherwise: `eval.exclude_reference`, which counts where the protocol leaves it open.
+    """
+    ranked = self.ranks_reference.get(protocol)
+    return otherwise if ranked is None else not ranked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +214,7 @@ class TfdsSpec:
     manual_download_instructions: what the data folder holds.
     parts: what can be prepared on its own, e.g. categories.
     short_side: of the images in the published configurations, in pixels.
-    read: (root, part, on_missing) -> the data set, with its train split.
+    read: (root, part, on_missing) -> the data set, with its train split if there is one.
   """
 
   class_name: str
@@ -203,6 +224,41 @@ class TfdsSpec:
   parts: tuple[str, ...]
   short_side: int
   read: Callable[[str, str, str], Dataset]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubmissionFile:
+  """The file of answers that a data set's server takes: {query id: [names of images]}.
+
+  Attributes:
+    name: of the file.
+    count: names a query, best first.
+    header: entries beside the queries.
+    within_subset: whether the query's subset is ranked (`EvalSplit.subsets`), not the gallery.
+    integers: whether names are integers.
+  """
+
+  name: str
+  count: int
+  header: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  within_subset: bool = False
+  integers: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class SubmissionSpec:
+  """What a data set's server takes.
+
+  Attributes:
+    read: (data part of the configuration) -> a data set with one split, that of the server's
+      queries, with `query_ids`; the targets are -1.
+    files: what is sent.
+    server: address.
+  """
+
+  read: Callable[[ml_collections.ConfigDict], Dataset]
+  files: tuple[SubmissionFile, ...]
+  server: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +272,10 @@ class DatasetSpec:
       "NAME ranks ".
     tfds: how its images are prepared (`data.prepared`); None if they cannot be.
     part: the `data` part of the configuration -> which of `tfds.parts` it reads.
+    trains: whether there is a train split; without one the data set is for evaluation only.
+    has_subsets: whether its splits have `subsets`, hence recalls within them.
+    has_truths: whether its splits have `truths`, hence average precision.
+    submission: what its server takes, if it has one.
   """
 
   name: str
@@ -223,6 +283,10 @@ class DatasetSpec:
   protocols: Mapping[str, str]
   tfds: TfdsSpec | None = None
   part: Callable[[ml_collections.ConfigDict], str] | None = None
+  trains: bool = True
+  has_subsets: bool = False
+  has_truths: bool = False
+  submission: SubmissionSpec | None = None
 
 
 def fingerprint(split: TrainSplit) -> str:

@@ -26,16 +26,17 @@ def prepare(config: ml_collections.ConfigDict) -> str:
   """
   plain = config.data.copy_and_resolve_references()
   plain.prepared = ""
-  dataset = open_dataset(plain, train=True)
+  spec = DATASETS[config.data.dataset]
+  dataset = open_dataset(plain, train=spec.trains)
+  captions = dataset.train.captions if spec.trains else _query_captions(dataset)
   vocabulary = Vocabulary.build(
-    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+    captions, markers=config.data.markers, max_words=config.data.max_words
   )
   text = report(dataset, vocabulary, config.seed, config.batch_size)
   if not config.data.prepared:
     return text
-  splits = (dataset.train, *dataset.evals)
+  splits = filter(None, (dataset.train, *dataset.evals))
   paths = dict.fromkeys(path for split in splits for path in split.image_paths)
-  spec = DATASETS[config.data.dataset]
   return f"{text}\n{prepared.prepare(spec, config.data, tuple(paths))}"
 
 
@@ -43,22 +44,26 @@ def report(dataset: Dataset, vocabulary: Vocabulary, seed: int, batch_size: int)
   """What a data set holds, and what is odd about it.
 
   Args:
-    dataset: with its train split.
+    dataset: with its train split, if it has one.
     vocabulary: of its captions.
     seed: of the run, see `remarks`.
     batch_size: of the run; with fewer triplets training cannot start.
   """
   train = dataset.train
-  n = len(train.triplets)
-  try:
-    loader.steps_per_epoch(n, batch_size)
-    verdict = "training can start."
-  except UserError as error:
-    verdict = f"training cannot start: {error}"
-  lines = [
-    f"{dataset.name}: {verdict}",
-    f"train: {n:,} triplets an epoch, {len(train.image_paths):,} images, {len(vocabulary):,} words",
-  ]
+  if train is None:
+    lines = [f"{dataset.name}: can be evaluated on; there is no training split."]
+  else:
+    n = len(train.triplets)
+    try:
+      loader.steps_per_epoch(n, batch_size)
+      verdict = "training can start."
+    except UserError as error:
+      verdict = f"training cannot start: {error}"
+    lines = [
+      f"{dataset.name}: {verdict}",
+      f"train: {n:,} triplets an epoch, {len(train.image_paths):,} images, {len(vocabulary):,} "
+      f"words",
+    ]
   for split in dataset.evals:
     galleries = ", ".join(
       f"{len(rows):,} images in the gallery {name}" for name, rows in split.galleries.items()
@@ -67,3 +72,7 @@ def report(dataset: Dataset, vocabulary: Vocabulary, seed: int, batch_size: int)
   lines += remarks(dataset, vocabulary, seed)
   lines += missing.describe_skipped(dataset.skipped).splitlines() or ["nothing was left out"]
   return "\n".join(lines)
+
+
+def _query_captions(dataset: Dataset) -> list[str]:
+  return [c for split in dataset.evals for text in split.queries.texts for c in text]

@@ -9,13 +9,24 @@ import dataclasses
 
 import ml_collections
 
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline.checks import folder
 from crn_jax.input_pipeline.dataset import Dataset, fingerprint
 from crn_jax.input_pipeline.demo import reader as demo
-from crn_jax.input_pipeline.readers import fashion200k, fashioniq, shoes
+from crn_jax.input_pipeline.readers import circo, cirr, fashion200k, fashioniq, shoes
 
 # Name -> what there is to know about it.
-DATASETS = {spec.name: spec for spec in (fashioniq.SPEC, shoes.SPEC, fashion200k.SPEC, demo.SPEC)}
+DATASETS = {
+  spec.name: spec
+  for spec in (
+    fashioniq.SPEC,
+    shoes.SPEC,
+    fashion200k.SPEC,
+    cirr.SPEC,
+    circo.SPEC,
+    demo.SPEC,
+  )
+}
 
 
 def protocols() -> dict[str, str]:
@@ -39,6 +50,11 @@ def open_dataset(
   """
   folder.check_choice("data.dataset", config.dataset, tuple(DATASETS))
   spec = DATASETS[config.dataset]
+  if train and not spec.trains:
+    raise UserError(
+      f"data.dataset: {spec.name} has no training split, it is for evaluation only; train on "
+      f"another data set and evaluate that run on {spec.name} with --mode=eval (docs/data.md)"
+    )
   store = None
   if config.prepared:
     from crn_jax.input_pipeline import prepared  # Late: TensorFlow takes seconds to import.

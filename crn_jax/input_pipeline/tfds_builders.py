@@ -8,7 +8,8 @@ Every data set has two sorts of configurations, because all splits of one share 
 
   {part}_images_{short side}  split "images": image_id, image [h, w, 3] uint8 as
                               `images.resize_short_side` gives it
-  {part}_triplets             splits "train" and one a category: reference, target (image_id), texts
+  {part}_triplets             splits "train" (if there is one) and one a category: reference,
+                              target (image_id), texts
 
 An image_id is the path below the data folder. Images are stored as pixels, not as JPEG or PNG:
 pixels stay those of the plain folder, and nothing is left to decode.
@@ -93,7 +94,9 @@ class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   def _split_generators(self, dl_manager: tfds.download.DownloadManager):
     root = dl_manager.manual_dir
     data = self.SPEC.read(root, self.builder_config.part, self.on_missing)
-    splits = {"train": (data.train.image_paths, data.train.triplets.draw(0, 0))}
+    splits = {}
+    if data.train is not None:
+      splits["train"] = (data.train.image_paths, data.train.triplets.draw(0, 0))
     splits |= {s.name: (s.image_paths, s.queries) for s in data.evals}
     if self.builder_config.resize is None:
       return {

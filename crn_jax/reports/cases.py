@@ -112,9 +112,19 @@ class Cases:
           target=split.image_paths[split.queries.target[query]],
           target_position=hits[0] if hits else None,
           rank=int(self.ranks[query]) if self.ranks[query] != UNRANKED else None,
+          also_right=self._also_right(query),
         )
       )
     return rows
+
+  def _also_right(self, query: int) -> tuple[int, ...]:
+    """Places in the query's first images of right ones other than its target."""
+    split, rows = self.split, self.split.galleries[self.protocol]
+    if split.truths is None:
+      return ()
+    others = set(split.truths[query].tolist()) - {int(split.queries.target[query])}
+    top = self.top[int(query)]
+    return tuple(i for i, (position, _) in enumerate(top) if int(rows[position]) in others)
 
   def attention_rows(
     self, table: Vocabulary, config: ml_collections.ConfigDict

@@ -11,6 +11,7 @@ from crn_jax.errors import UserError
 from crn_jax.reports import page, tables
 from crn_jax.reports.pictures import curves
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results
+from crn_jax.retrieval import metrics
 from crn_jax.workdir import history
 from crn_jax.workdir.run import flat
 
@@ -64,6 +65,7 @@ def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
     "compare.html",
     html,
     title=f"Comparison of {len(runs)} runs",
+    unit=tables.unit(_metrics(runs)),
     warnings=warnings,
     tables=results,
     figure=page.Figure("Recalls", picture, "whiskers: 95 % bootstrap interval over queries"),
@@ -106,11 +108,12 @@ def load(workdir: str | os.PathLike, name: str) -> Run:
 
 def not_comparable(runs: Sequence[Run]) -> list[str]:
   """What forbids to compare the runs' numbers, in sentences; empty if nothing does."""
+  common = [p for p in _protocols(runs) if all(p in r.results.summary.protocols for r in runs)]
   facts: dict[str, Callable[[Results], object]] = {
     "the data sets": lambda r: r.dataset,
     "the numbers of queries": lambda r: r.summary.n_queries,
     "the captions": lambda r: r.captions,
-    "the uses of the reference image": lambda r: "excluded" if r.exclude_reference else "kept",
+    "the uses of the reference image": lambda r: r.describe_reference(common),
     "the protocol of the breakdown by query": lambda r: r.breakdown_protocol,
     "the skipped data": lambda r: (
       ", ".join(f"{k} {v}" for k, v in flat(r.skipped).items()) or "none"
@@ -158,7 +161,7 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
     "data set": lambda r: r.dataset,
     "queries": lambda r: r.summary.n_queries,
     "captions": lambda r: r.captions,
-    "reference image": lambda r: "excluded" if r.exclude_reference else "kept",
+    "reference image": lambda r: r.describe_reference(),
     "checkpoint step": lambda r: r.checkpoint_step,
     "selection": lambda r: " and ".join(filter(None, (r.selection, r.also))),
     "best by": lambda r: r.best_metric,
@@ -170,11 +173,11 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
       "Best checkpoints were chosen on these very queries, which flatters them.",
     )
   ]
-  metrics = _metrics(runs)
+  measured = _metrics(runs)
   for protocol in _protocols(runs):
     parts = [r.summary.protocols.get(protocol) for r in results]
     rows = [("gallery", tuple(map(gallery, parts)))]
-    rows += [row(m, parts, m) for m in metrics]
+    rows += [row(m, parts, m) for m in measured]
     # The other checkpoint stands beside the evaluated one, so that neither is shown alone.
     beside = [next(iter(r.beside), None) for r in results]
     if any(beside):
@@ -183,12 +186,12 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
       )
       rows.append(("beside it", steps))
       others = [b.summary.protocols.get(protocol) if b else None for b in beside]
-      rows += [row(f"  {m}", others, m) for m in metrics]
+      rows += [row(f"  {m}", others, m) for m in measured]
     shown.append(table(protocol, rows))
   for kind in QUERY_KINDS[1:]:
     parts = [r.summary.by_query.get(kind) for r in results]
     title = f"{kind.replace('_', ' ')} queries, {results[0].breakdown_protocol}"
-    shown.append(table(title.capitalize(), [row(m, parts, m) for m in metrics]))
+    shown.append(table(title.capitalize(), [row(m, parts, m) for m in measured]))
   return shown
 
 
@@ -263,6 +266,6 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
 
 
 def _metrics(runs: Sequence[Run]) -> list[str]:
-  """Names of all recalls of the runs, by rising cut-off."""
+  """Names of all metrics of the runs, in the order in which they are shown."""
   names = {m for run in runs for p in run.results.summary.protocols.values() for m in p.percent}
-  return sorted(names, key=lambda name: int(name.partition("@")[2]))
+  return sorted(names, key=metrics.order)

@@ -35,7 +35,7 @@ def write(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
   results: Results,
-  ranks: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+  outcomes: Mapping[str, Mapping[str, Mapping[str, metrics.Outcome]]],
   shown: Sequence[Cases],
   vocabulary: Vocabulary,
 ) -> list[pathlib.Path]:
@@ -47,7 +47,7 @@ def write(
     config: of the run.
     workdir: of the run; metrics.jsonl is read from there.
     results: what was found.
-    ranks: split -> protocol -> kind of query -> [queries] 0-based ranks of the targets.
+    outcomes: split -> protocol -> kind of query -> what its queries found.
     shown: the queries to show, of every split.
     vocabulary: of the run.
 
@@ -57,7 +57,7 @@ def write(
   workdir = pathlib.Path(workdir)
   folder = workdir / "pictures"
   run.write_json(results.to_json(), workdir / "eval.json")
-  sections = [_curves(config, workdir, results, ranks, [c.split for c in shown])]
+  sections = [_curves(config, workdir, results, outcomes, [c.split for c in shown])]
   for split_cases in shown:
     figures = _grids(folder, split_cases, results)
     figures += _attention(config, folder, split_cases, results, vocabulary)
@@ -78,6 +78,7 @@ def _page(config, workdir, results: Results, sections: Sequence[_Section]) -> No
     workdir / "report.html",
     title=f"{config.name}: composed image retrieval on {results.dataset}",
     summary=tables.describe(results),
+    unit=tables.unit(results.metrics),
     tables=tables.result_tables(results),
     notes=tables.notes(results),
     sections=sections,
@@ -102,43 +103,43 @@ def title(split: EvalSplit, protocol: str, results: Results) -> str:
   name = split.name if split.name == dataset else f"{dataset}/{split.name}"
   return (
     f"{name}: {protocol}, gallery {len(split.galleries[protocol])}, reference "
-    f"{'excluded' if results.exclude_reference else 'kept'}, captions {results.captions}, "
+    f"{results.reference(protocol)}, captions {results.captions}, "
     f"{results.describe_selection()}"
   )
 
 
 def recall_curves(
   config: ml_collections.ConfigDict,
-  ranks: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
+  outcomes: Mapping[str, Mapping[str, Mapping[str, metrics.Outcome]]],
   splits: Sequence[EvalSplit],
   chosen: str,
 ) -> list[curves.RecallCurve]:
   """Recall at every cut-off: composed queries in every protocol, then the other kinds of query.
 
-  Over several splits the recalls are means, as in the results. Protocols whose galleries hold the
-  same images share a curve, as one would hide the other.
+  Over several splits the recalls are means, as in the results. Protocols that rank the same images
+  share a curve, as one would hide the other.
 
   Args:
     config: the whole configuration.
-    ranks: as in `write`.
+    outcomes: as in `write`.
     splits: all splits that were evaluated.
     chosen: the breakdown protocol.
   """
-  same = {  # Protocol -> all those with the same galleries.
-    p: [
-      q
-      for q in splits[0].galleries
-      if all(set(s.galleries[p]) == set(s.galleries[q]) for s in splits)
-    ]
-    for p in splits[0].galleries
-  }
+  otherwise = config.eval.exclude_reference
+
+  def ranked(protocol):
+    return [(set(s.galleries[protocol]), s.excludes_reference(protocol, otherwise)) for s in splits]
+
+  protocols = {p: ranked(p) for p in splits[0].galleries}
+  # Protocol -> all those that rank the same.
+  same = {p: [q for q in protocols if protocols[q] == protocols[p]] for p in protocols}
   others = [names[0] for p, names in same.items() if names[0] == p and chosen not in names]
   lines = [(p, "composed") for p in (chosen, *others)]
   lines += [(chosen, kind) for kind in QUERY_KINDS if kind != "composed"]
   found = []
   for protocol, kind in lines:
     galleries = [len(s.galleries[protocol]) for s in splits]
-    rows = [ranks[s.name][protocol][kind] for s in splits]
+    rows = [outcomes[s.name][protocol][kind].ranks for s in splits]
     ks = range(1, min(max(_CUT_OFFS, *config.eval.recall_at), *galleries) + 1)
     recalls = np.mean([list(metrics.recall_at_k(r, ks).values()) for r in rows], axis=0)
     intervals = np.asarray([metrics.recall_interval(rows, k, draws=_DRAWS) for k in ks])
@@ -148,12 +149,12 @@ def recall_curves(
   return found
 
 
-def _curves(config, workdir, results: Results, ranks, splits) -> _Section:
+def _curves(config, workdir, results: Results, outcomes, splits) -> _Section:
   folder, figures = workdir / "pictures", []
 
   def recall(path):
     curves.recall_curves(
-      recall_curves(config, ranks, splits, results.breakdown_protocol),
+      recall_curves(config, outcomes, splits, results.breakdown_protocol),
       config.eval.recall_at,
       path,
       title=f"{tables.describe(results)}\n{_sentence(results.describe_selection())}",

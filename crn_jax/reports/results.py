@@ -1,7 +1,7 @@
 """Results of an evaluation, as eval.json holds them: plain values, for people and for programs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crn_jax.errors import UserError
@@ -17,21 +17,26 @@ class Recalls:
     percent: name of the metric, e.g. "R@10" -> percent.
     intervals: the same names -> (low, high), 95 % interval in percent.
     counts: "gallery" (images ranked) or "n_queries", where they are of use.
+    reference: whether a query's own reference image is ranked, "excluded" or "kept", of a protocol
+      that says so itself; None where `Results.exclude_reference` does.
   """
 
   percent: Mapping[str, float]
   intervals: Mapping[str, tuple[float, float]]
   counts: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  reference: str | None = None
 
   def to_json(self) -> dict:
     intervals = {name: list(ends) for name, ends in self.intervals.items()}
-    return {**self.counts, **self.percent, "intervals": intervals}
+    facts = {} if self.reference is None else {"reference": self.reference}
+    return {**self.counts, **facts, **self.percent, "intervals": intervals}
 
   @classmethod
   def from_json(cls, content: Mapping) -> "Recalls":
     counts = {k: content[k] for k in ("gallery", "n_queries") if k in content}
-    percent = {k: v for k, v in content.items() if k not in (*counts, "intervals")}
-    return cls(percent, {k: tuple(v) for k, v in content["intervals"].items()}, counts)
+    percent = {k: v for k, v in content.items() if k not in (*counts, "reference", "intervals")}
+    intervals = {k: tuple(v) for k, v in content["intervals"].items()}
+    return cls(percent, intervals, counts, content.get("reference"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Results:
     checkpoint_step: training step of what was evaluated.
     selection: how the checkpoint was chosen, "last" or "best".
     captions: how the captions of a query are used; "single" if there is nothing to join.
-    exclude_reference: whether a query's own reference image is not ranked.
+    exclude_reference: whether a query's own reference image is not ranked, in protocols that leave
+      it open; see `reference`.
     best_metric: that by which the best checkpoint is chosen, e.g. "val_split/R@10".
     breakdown_protocol: that of `summary.by_query` and `summary.by_text_kind`.
     summary: over all splits.
@@ -122,9 +128,24 @@ class Results:
         f"eval.best_metric = {self.best_metric!r} is not measured; choose one of {known}"
       ) from None
 
+  def reference(self, protocol: str) -> str:
+    """Whether a protocol ranks a query's own reference image: 'excluded' or 'kept'."""
+    recorded = self.summary.protocols[protocol].reference
+    return recorded or ("excluded" if self.exclude_reference else "kept")
+
+  def describe_reference(self, protocols: Sequence[str] | None = None) -> str:
+    """The same for all or some protocols, e.g. 'excluded', or 'excluded (kept in NAME)'."""
+    uses = {name: self.reference(name) for name in protocols or self.summary.protocols}
+    usual = next(iter(uses.values()))
+    others = [name for name, use in uses.items() if use != usual]
+    other = "kept" if usual == "excluded" else "excluded"
+    return f"{usual} ({other} in {', '.join(others)})" if others else usual
+
   def describe_selection(self) -> str:
     """How the evaluated checkpoint was chosen, in words."""
-    step, chosen = self.checkpoint_step, f"by {self.best_metric} on these queries"
+    step = self.checkpoint_step
+    own = self.best_metric.partition("/")[0] in self.summary.protocols
+    chosen = f"by {self.best_metric} on {'these' if own else 'other'} queries"
     if self.selection == "best":
       also = ", which is the last one, too" if self.also else ""
       return f"best checkpoint (step {step}), chosen {chosen}{also}"

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import missing
 from crn_jax.reports.results import Recalls, Results
+from crn_jax.retrieval import metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ def as_text(table: Table) -> str:
   return "\n".join([*text, *([table.note] if table.note else [])])
 
 
-def recall_cells(recalls: Recalls | None, metrics: Sequence[str]) -> tuple[Cell, ...]:
-  """Recalls in percent with their intervals; '-' where one was not measured."""
+def recall_cells(recalls: Recalls | None, measured: Sequence[str]) -> tuple[Cell, ...]:
+  """Metrics in percent with their intervals; '-' where one was not measured."""
   cells = []
-  for metric in metrics:
+  for metric in measured:
     if recalls is None or metric not in recalls.percent:
       cells.append(Cell("-"))
       continue
@@ -67,7 +68,7 @@ def recall_cells(recalls: Recalls | None, metrics: Sequence[str]) -> tuple[Cell,
 
 def results_as_text(results: Results) -> str:
   """The results of an evaluation for a terminal."""
-  intervals = "Recall in percent; behind it the 95 % bootstrap interval over queries."
+  intervals = f"{unit(results.metrics)}; behind it the 95 % bootstrap interval over queries."
   parts = [f"{describe(results)}\n{intervals}", *map(as_text, result_tables(results))]
   if lines := notes(results):
     parts.append("\n".join(lines))
@@ -86,7 +87,8 @@ def result_tables(results: Results) -> list[Table]:
     mean = f" (mean of {len(results.categories)})"
   rows = [(f"{p}, gallery {r.counts['gallery']}{mean}", r) for p, r in summary.protocols.items()]
   evaluated = f"Evaluated: {results.describe_selection()}"
-  tables = [table(evaluated, "protocol", rows, protocol_note(summary.protocols))]
+  explained = (protocol_note(summary.protocols), metrics.explain(results.metrics))
+  tables = [table(evaluated, "protocol", rows, " ".join(filter(None, explained)))]
   for other in results.beside:
     rows = [(f"{p}, gallery {r.counts['gallery']}", r) for p, r in other.summary.protocols.items()]
     tables.append(table(f"Beside it: {other.describe_selection()}", "protocol", rows))
@@ -114,6 +116,12 @@ def result_tables(results: Results) -> list[Table]:
   return tables
 
 
+def unit(measured: Iterable[str]) -> str:
+  """What is shown, and in percent."""
+  only_recalls = all(name.startswith("R@") for name in measured)
+  return f"{'Recall' if only_recalls else 'Metrics'} in percent"
+
+
 def protocol_note(protocols: Iterable[str]) -> str:
   """What the protocols of a result mean."""
   described = registry.protocols()
@@ -126,8 +134,14 @@ def describe(results: Results) -> str:
   """What the recalls of an evaluation mean, in one sentence."""
   return (
     f"{results.dataset}: {results.summary.n_queries} queries; captions {results.captions}; "
-    f"reference image {'excluded from' if results.exclude_reference else 'kept in'} its ranking."
+    f"reference image {_reference(results)}."
   )
+
+
+def _reference(results: Results) -> str:
+  where = {"excluded": "excluded from its ranking", "kept": "kept in its ranking"}
+  usual, _, others = results.describe_reference().partition(" ")
+  return f"{where[usual]} {others}".rstrip()
 
 
 def notes(results: Results) -> list[str]:
@@ -147,7 +161,8 @@ def _whole_galleries(results: Results) -> list[str]:
   found = []
   for protocol in results.summary.protocols:
     size = min(part.protocols[protocol].counts["gallery"] for part in parts)
-    whole = [m for m in results.metrics if int(m.partition("@")[2]) >= size]
+    recalls = [m for m in results.metrics if m.startswith("R@")]
+    whole = [m for m in recalls if int(m.partition("@")[2]) >= size]
     if whole:
       found.append(
         f"{', '.join(whole)} of {protocol} say nothing: a gallery of {size} images has no more."

@@ -127,6 +127,28 @@ def top_k(
   return indices, scores
 
 
+def subset_order(queries: np.ndarray, items: np.ndarray, subsets: np.ndarray) -> np.ndarray:
+  """Rankings of a few items of its own for every query, by descending dot product.
+
+  Args:
+    queries: [q, d] query features.
+    items: [n, d] item features.
+    subsets: [q, m] int rows of items, -1 for none.
+
+  Returns:
+    [q, m] int, the rows best first, equal scores in their order; -1 stands last.
+  """
+  queries, items = np.asarray(queries, np.float32), np.asarray(items, np.float32)
+  scores = np.empty(subsets.shape, np.float32)
+  for start in range(0, len(queries), BLOCK_SIZE):
+    rows = slice(start, start + BLOCK_SIZE)
+    # A sum of its own for each pair, so that equal items score the same.
+    np.einsum("qd,qmd->qm", queries[rows], items[subsets[rows]], out=scores[rows])
+  scores[subsets < 0] = -np.inf
+  order = np.lexsort((subsets, -scores), axis=1)
+  return np.take_along_axis(subsets, order, axis=1)
+
+
 @jax.jit
 def _rank_block(queries, gallery, targets, exclude):
   scores = _scores(queries, gallery)  # (block, g); the only large value, read once by the count.

@@ -25,6 +25,9 @@ FREE_FIELDS = (
   "data.on_missing",  # If other triplets remain, `check_data` refuses to continue.
 )
 
+# Those that say on what data another evaluation is made.
+_DATA_FIELDS = ("name", "data.dataset", "data.category", "data.captions", "data.shoes_pairs")
+
 # Fields that are newer than some runs, and what those runs did.
 _ADDED = {
   "method": "crn",
@@ -37,14 +40,26 @@ _ADDED = {
 
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
-            "events.out.tfevents.*", "eval.json", "report.html", "pictures",
-            "plugins")  # fmt: skip
+            "events.out.tfevents.*", "eval.json", "report.html", "pictures", "plugins",
+            "other_data", "submission")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
   """`FREE_FIELDS`, less the number of epochs where the learning rate depends on it."""
   fixed = {"num_epochs"} if config.optimizer.schedule == "cosine" else set()
   return tuple(field for field in FREE_FIELDS if field not in fixed)
+
+
+def fields_free_to_evaluate(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> tuple[str, ...]:
+  """`FREE_FIELDS`; on another data set than the run's, also what says which data those are."""
+  return FREE_FIELDS + (_DATA_FIELDS if is_elsewhere(config, workdir) else ())
+
+
+def is_elsewhere(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> bool:
+  """Whether a configuration names another data set than that of the run in a folder."""
+  return config.data.dataset != load_config(workdir).data.dataset
 
 
 def save_config(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> None:

@@ -55,7 +55,7 @@ def test_results_and_pictures_name_the_protocol(name, tmp_path):
   sentence = f"{protocol} ranks {registry.protocols()[protocol]}."
   assert sentence in tables.results_as_text(found.results)
   shown = made_up.cases(c, data, found)
-  report.write(c, tmp_path, found.results, found.ranks, shown, made_up.vocabulary(c))
+  report.write(c, tmp_path, found.results, found.outcomes, shown, made_up.vocabulary(c))
   assert sentence in html.unescape((tmp_path / "report.html").read_text())
   (split,) = data.evals
   assert report.title(split, protocol, found.results).startswith(f"{name}: {protocol}, gallery 7")
@@ -92,11 +92,11 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
   c.eval.best_metric = "test_images/R@10"
   images = np.concatenate([gallery, np.zeros((q, gallery.shape[1]), np.float32)])
   encoded = Encoded(images, queries, queries)
-  ranks = {"fashion200k": evaluate.split_ranks(encoded, split, c)}
+  ranks = {"fashion200k": evaluate.find(encoded, split, c)}
   found = evaluate.summarize([split], ranks, c).protocols["test_images"].percent
   expected = 100 * golden["values"]  # The release reports fractions.
   np.testing.assert_allclose([found[f"R@{k}"] for k in (1, 10, 50)], expected, rtol=1e-12)
-  composed = ranks["fashion200k"]["test_images"]["composed"]
+  composed = ranks["fashion200k"]["test_images"]["composed"].ranks
   hits = captions[golden["ranking"]] == wanted[:, None]
   first = np.where(hits.any(axis=1), hits.argmax(axis=1), n)
   inside = first < hits.shape[1]

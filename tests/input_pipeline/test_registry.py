@@ -13,6 +13,7 @@ from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import verify
 from crn_jax.input_pipeline.demo import generate
+from tests import cir_folders
 
 MINI_DATA = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
 MINI = MINI_DATA / "fashioniq"
@@ -31,8 +32,8 @@ def open_shirts(root, train=True, known_digest=None, **changes):
 
 
 def test_unknown_data_set_is_refused(root):
-  with pytest.raises(UserError, match="'fashioniq', 'shoes', .* got 'cirr'"):
-    open_shirts(root, dataset="cirr")
+  with pytest.raises(UserError, match="'fashioniq', 'shoes', .* got 'fashion'"):
+    open_shirts(root, dataset="fashion")
 
 
 def test_missing_data_are_an_error_unless_they_are_to_be_skipped(root):
@@ -87,10 +88,13 @@ def test_the_demo_is_drawn_in_the_home_folder_and_has_ceilings(tmp_path, monkeyp
   assert set(dataset.ceilings) == {"image_only", "text_only"}
 
 
-def test_every_protocol_of_a_data_set_is_described():
-  assert set(registry.DATASETS) == {"fashioniq", "shoes", "fashion200k", "demo"}
-  for name in ("fashioniq", "shoes", "fashion200k"):
-    dataset = open_shirts(MINI_DATA / name, train=False, dataset=name)
+def test_every_protocol_of_a_data_set_is_described(tmp_path):
+  roots = {name: MINI_DATA / name for name in ("fashioniq", "shoes", "fashion200k")}
+  roots["cirr"] = cir_folders.cirr(tmp_path / "cirr")
+  roots["circo"] = cir_folders.circo(tmp_path / "circo")
+  assert set(registry.DATASETS) == {*roots, "demo"}
+  for name, root in roots.items():
+    dataset = open_shirts(root, train=False, dataset=name)
     for split in dataset.evals:
       assert list(split.galleries) == list(registry.DATASETS[name].protocols)
   described = registry.protocols()

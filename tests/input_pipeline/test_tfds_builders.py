@@ -3,9 +3,11 @@
 import pathlib
 
 import numpy as np
+import pytest
 import tensorflow_datasets as tfds
 
 from crn_jax.input_pipeline import tfds_builders
+from tests import cir_folders
 
 MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
 
@@ -63,3 +65,24 @@ def test_triplets_name_images(tmp_path):
   ]
   assert set(named) <= set(images)
   assert all(min(image.shape[:2]) == 256 and image.dtype == np.uint8 for image in images.values())
+
+
+@pytest.mark.parametrize(
+  ("name", "part", "splits"),
+  [("cirr", "rc2", {"train": 20, "cirr": 12}), ("circo", "val", {"circo": 6})],
+)
+def test_data_sets_with_and_without_a_train_split(name, part, splits, tmp_path):
+  root = getattr(cir_folders, name)(tmp_path / "data")
+  manual = tfds.download.DownloadConfig(manual_dir=str(root))
+  loaded = {
+    kind: tfds.load(
+      f"crn_{name}/{part}_{kind}",
+      data_dir=tmp_path,
+      download_and_prepare_kwargs={"download_config": manual},
+    )
+    for kind in ("triplets", "images_256")
+  }
+  assert {s: len(rows) for s, rows in loaded["triplets"].items()} == splits
+  images = {row["image_id"] for row in tfds.as_numpy(loaded["images_256"]["images"])}
+  for rows in loaded["triplets"].values():
+    assert {row[end] for row in tfds.as_numpy(rows) for end in ("reference", "target")} <= images

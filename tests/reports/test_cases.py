@@ -60,7 +60,7 @@ class TestGridRows:
   def test_the_row_agrees_with_the_rank(self, shown, protocol):
     config, split, found = shown
     config.eval.best_metric = f"{protocol}/R@10"
-    ranks = found.ranks["dress"][protocol]["composed"]
+    ranks = found.outcomes["dress"][protocol]["composed"].ranks
     rows = all_rows(config, split, found)
     assert {row.target_position is None for row in rows} == {True, False}
     for row, rank in zip(rows, ranks, strict=True):

@@ -35,11 +35,11 @@ def write(tmp_path):
     figure = page.Figure("A grid", picture, "eight queries", rows)
     shown = {
       "report.html": {
-        "summary": "", "tables": [table], "notes": [], "config": {}, "preset": "crn",
+        "summary": "", "unit": "", "tables": [table], "notes": [], "config": {}, "preset": "crn",
         "sections": [Section("First", (figure,)), Section("Second", (figure,))],
       },
       "compare.html": {
-        "warnings": [], "tables": [table], "figure": figure, "differences": table
+        "unit": "", "warnings": [], "tables": [table], "figure": figure, "differences": table
       },
     }  # fmt: skip
     path = tmp_path / folder / template

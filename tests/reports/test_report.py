@@ -46,7 +46,7 @@ def write(folder, config, dataset, evaluation, history=True):
       logs.append_line(workdir / "metrics.jsonl", json.dumps({"step": step, **losses}))
   shown = made_up.cases(config, dataset, evaluation)
   return workdir, report.write(
-    config, workdir, evaluation.results, evaluation.ranks, shown, made_up.vocabulary(config)
+    config, workdir, evaluation.results, evaluation.outcomes, shown, made_up.vocabulary(config)
   )
 
 
@@ -146,8 +146,8 @@ def test_pictures_of_an_earlier_evaluation_do_not_stay(tmp_path):
   evaluation = made_up.evaluation(config, data)
   workdir, _ = write(tmp_path, config, data, evaluation)
   (workdir / "pictures" / "mine.png").touch()
-  for kinds in evaluation.ranks["dress"].values():
-    kinds["composed"][:] = 0  # Now everything is found, and nothing left that was missed.
+  for kinds in evaluation.outcomes["dress"].values():
+    kinds["composed"].ranks[:] = 0  # Now everything is found, and nothing left that was missed.
   write(tmp_path, config, data, evaluation)
   names = {p.name for p in (workdir / "pictures").iterdir()}
   assert "retrieval_dress_missed.png" not in names
@@ -185,7 +185,7 @@ def test_a_method_without_attention_has_no_picture_of_it(tmp_path):
   (shown,) = made_up.cases(config, data, evaluation)
   shown = dataclasses.replace(shown, attention={})
   paths = report.write(
-    config, tmp_path, evaluation.results, evaluation.ranks, [shown], made_up.vocabulary(config)
+    config, tmp_path, evaluation.results, evaluation.outcomes, [shown], made_up.vocabulary(config)
   )
   assert not any("attention" in p.name for p in paths)
 
@@ -195,7 +195,7 @@ class TestRecallCurves:
     config = made_up.config()
     data = made_up.dataset(*splits)
     evaluation = made_up.evaluation(config, data)
-    found = report.recall_curves(config, evaluation.ranks, splits, "val_split")
+    found = report.recall_curves(config, evaluation.outcomes, splits, "val_split")
     return found, evaluation.results.summary.protocols
 
   def test_both_protocols_and_all_kinds_of_query(self, tmp_path):

@@ -304,3 +304,28 @@ class TestMemory:
       ranking.target_ranks(queries, gallery, target, exclude),
       stable_ranks(queries @ gallery.T, target, exclude),
     )
+
+
+class TestSubsets:
+  """A few items of its own for every query."""
+
+  def test_is_a_stable_sort_by_score(self):
+    rng = np.random.default_rng(3)
+    queries, items = small_integers(rng, 700, 6), small_integers(rng, 40, 6)
+    subsets = np.sort(rng.permuted(np.tile(np.arange(40), (700, 1)), axis=1)[:, :5], axis=1)
+    found = ranking.subset_order(queries, items, subsets)
+    scores = queries @ items.T
+    for query, rows, order in zip(scores, subsets, found, strict=True):
+      assert order.tolist() == rows[np.argsort(-query[rows], kind="stable")].tolist()
+
+  def test_places_without_an_item_stand_last(self):
+    queries, items = np.eye(2, dtype=np.float32), -np.eye(2, dtype=np.float32)
+    found = ranking.subset_order(queries, items, np.array([[-1, 0, 1], [0, -1, -1]]))
+    assert found.tolist() == [[1, 0, -1], [0, -1, -1]]
+
+  def test_equal_items_score_the_same_whatever_their_place(self):
+    rng = np.random.default_rng(4)
+    queries = rng.normal(size=(300, 129)).astype(np.float32)
+    items = np.repeat(rng.normal(size=(1, 129)), 7, axis=0).astype(np.float32)
+    found = ranking.subset_order(queries, items, np.tile(np.arange(7), (300, 1)))
+    assert (found == np.arange(7)).all()

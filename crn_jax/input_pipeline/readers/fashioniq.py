@@ -43,6 +43,8 @@ from crn_jax.input_pipeline.readers.annotations import (
 )
 
 CATEGORIES = ("dress", "shirt", "toptee")
+# The protocol in which a query always ranks its own reference image.
+WITH_REFERENCE = "original_with_reference"
 CAPTION_USES = ("joined", "both_orders", "separate")
 
 # Folders in which images of a category may lie; an earlier one wins over a later one.
@@ -78,10 +80,11 @@ def read(
 
   Returns:
     Train: `image_paths` holds the images that triplets use, in order of first appearance,
-    reference before target. Evals: the val split of every category, with the galleries of both
-    published protocols: "val_split", the reference and target images of the queries in order of
-    first appearance, reference before target (VAL, CLVC-Net, CRN); "original_split", the whole
-    split list (CLIP4Cir, the challenge).
+    reference before target. Evals: the val split of every category, with the galleries of the
+    three published protocols: "val_split", the reference and target images of the queries in order
+    of first appearance, reference before target (VAL, CLVC-Net, CRN, TG-CIR); "original_split",
+    the whole split list (DCNet); and "original_with_reference", the same, where a query always
+    ranks its own reference image (CLIP4Cir, SPRC).
 
   Raises:
     UserError: no such root, unknown category, caption_use or on_missing, or missing or damaged
@@ -127,7 +130,7 @@ def read(
 
 
 def gallery_ids(annotations: Annotations) -> dict[str, tuple[str, ...]]:
-  """Ids of the galleries of both protocols, in gallery order: {"val_split", "original_split"}."""
+  """Ids of the two galleries, in gallery order: {"val_split", "original_split"}."""
   return {"val_split": annotations.named_ids, "original_split": annotations.image_ids}
 
 
@@ -290,15 +293,17 @@ def _concatenate(parts: Sequence[Triplets]) -> Triplets:
 
 def _to_eval_split(part: _Part, caption_use: str, store: ImageStore | None) -> EvalSplit:
   row = {image_id: i for i, image_id in enumerate(part.paths)}
+  galleries = {
+    protocol: np.array([row[i] for i in ids if i in row], np.int32)
+    for protocol, ids in gallery_ids(part.annotations).items()
+  }
   return EvalSplit(
     name=part.annotations.category,
     image_ids=tuple(part.paths),
     image_paths=tuple(part.paths.values()),
     queries=_to_triplets(part.entries, row, caption_use),
-    galleries={
-      protocol: np.array([row[i] for i in ids if i in row], np.int32)
-      for protocol, ids in gallery_ids(part.annotations).items()
-    },
+    galleries=galleries | {WITH_REFERENCE: galleries["original_split"]},
+    ranks_reference={WITH_REFERENCE: True},
     store=store,
   )
 
@@ -311,8 +316,9 @@ SPEC = DatasetSpec(
   name="fashioniq",
   read=_read_configured,
   protocols={
-    "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN)",
-    "original_split": "the whole list of the category (CLIP4Cir, the challenge)",
+    "val_split": "the union of the queries' images (VAL, CLVC-Net, CRN, TG-CIR)",
+    "original_split": "the whole list of the category (DCNet)",
+    WITH_REFERENCE: "the same with the query's own reference (CLIP4Cir, SPRC)",
   },
   tfds=TfdsSpec(
     class_name="CrnFashionIQ",

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Iterable, Sequence
 
 from crn_jax.input_pipeline.checks.missing import FATAL, Problem
 
@@ -58,16 +59,35 @@ def read_json_list(root: pathlib.Path, name: str, what: str) -> tuple[list, list
   Returns:
     The list, and a fatal problem if there is none, or an empty one.
   """
+  return _read_json(root, name, list, f"a list of {what}")
+
+
+def read_json_object(root: pathlib.Path, name: str, what: str) -> tuple[dict, list[Problem]]:
+  """The object in a JSON file.
+
+  Args:
+    root: the data folder.
+    name: of the file below it.
+    what: what it holds, for messages, to go on after "an object with ".
+
+  Returns:
+    The object, and a fatal problem if there is none, or an empty one.
+  """
+  return _read_json(root, name, dict, f"an object with {what}")
+
+
+def _read_json(root, name, kind, expected):
   text, problems = read_text(root, name)
   if problems:
-    return [], problems
+    return kind(), problems
   try:
     value = parse_json(text)
   except ValueError as error:
-    return [], [Problem(FATAL, name, f"not valid JSON ({error})")]
-  if not isinstance(value, list) or not value:
-    found = "an empty list" if value == [] else f"a JSON value of type {type(value).__name__}"
-    return [], [Problem(FATAL, name, f"expected a list of {what}, found {found}")]
+    return kind(), [Problem(FATAL, name, f"not valid JSON ({error})")]
+  if not isinstance(value, kind) or not value:
+    empty = {list: "an empty list", dict: "an empty object"}[kind]
+    found = empty if value == kind() else f"a JSON value of type {type(value).__name__}"
+    return kind(), [Problem(FATAL, name, f"expected {expected}, found {found}")]
   return value, []
 
 
@@ -98,6 +118,30 @@ def list_images(folder: str | os.PathLike) -> dict[str, str] | None:
       if key not in found or candidate < found[key]:
         found[key] = candidate
   return {key: found[key][1] for key in sorted(found)}
+
+
+def find_images(folders: Sequence[pathlib.Path], paths: Iterable[str]) -> dict[str, str]:
+  """Files of many images, each folder that they lie in listed once.
+
+  Args:
+    folders: to which the paths are relative; an earlier one wins over a later one.
+    paths: that do not leave them; files may differ in the ending.
+
+  Returns:
+    path -> that of the file, of those found.
+  """
+  listings: dict[str, dict[str, str]] = {}
+  found = {}
+  for path in paths:
+    inner, name = os.path.split(os.path.normpath(path))
+    for folder in folders:
+      place = os.path.join(folder, inner)
+      if place not in listings:
+        listings[place] = list_images(place) or {}
+      if (key := stem(name)) in listings[place]:
+        found[path] = listings[place][key]
+        break
+  return found
 
 
 def _is_file(entry: os.DirEntry) -> bool:

@@ -274,7 +274,7 @@ def _names(history: History, kind: str) -> list[tuple[str, str]]:
 
 
 def _recalls(history: History) -> list[_Panel]:
-  """A panel a protocol of `eval/<protocol>/R@<k>`, of those measured more than once."""
+  """A panel a protocol of `eval/<protocol>/<metric>`, of those measured more than once."""
   names = _names(history, "eval")
   metrics = list(dict.fromkeys(metric for _, metric in names))
   panels = {}
@@ -282,9 +282,14 @@ def _recalls(history: History) -> list[_Panel]:
     steps, values = history.series(f"eval/{protocol}/{metric}")
     if len(steps) > 1:
       # From the third colour on: the first ones are those of parts.
-      line = _Line(steps, values, _colour(2 + metrics.index(metric)))
+      line = _Line(steps, values, **_style(2 + metrics.index(metric)))
       panels.setdefault(protocol, {})[metric] = line
-  return [_Panel(f"recall, {p}", lines, percent=True) for p, lines in panels.items()]
+
+  def title(protocol):
+    only_recalls = all(metric.startswith("R") for metric in panels[protocol])
+    return f"{'recall' if only_recalls else 'metrics'}, {protocol}"
+
+  return [_Panel(title(p), lines, percent=True) for p, lines in panels.items()]
 
 
 def _draw_panel(axes: Axes, panel: _Panel, *, lowest: bool) -> None:

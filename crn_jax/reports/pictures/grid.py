@@ -37,6 +37,7 @@ class GridRow:
     target_position: position of the target in `top`, 0-based; None if it is not there, in which
       case it is drawn on its own.
     rank: 0-based rank of the target (drawn as rank + 1); None if it is not ranked.
+    also_right: positions in `top` of images that are right besides the target.
   """
 
   reference: str | os.PathLike
@@ -45,6 +46,7 @@ class GridRow:
   target: str | os.PathLike
   target_position: int | None
   rank: int | None
+  also_right: tuple[int, ...] = ()
 
   def __post_init__(self):
     if self.target_position is not None and not 0 <= self.target_position < len(self.top):
@@ -58,8 +60,9 @@ def retrieval_grid(rows: Sequence[GridRow], path: str | os.PathLike, *, title: s
   """Writes a PNG with one row of images per query.
 
   The target is framed in blue where it was retrieved; otherwise it stands at the far right in a
-  dashed vermillion frame with its rank. Images keep their aspect ratio. An image file that cannot
-  be read becomes a grey cell with the word "unreadable".
+  dashed vermillion frame with its rank. Other right images have a dashed blue frame. Images keep
+  their aspect ratio. An image file that cannot be read becomes a grey cell with the word
+  "unreadable".
 
   Args:
     rows: the queries; `top` is typically ten images long and may differ between rows.
@@ -151,6 +154,9 @@ def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts
     if position == row.target_position:
       _draw_frame(draw, x, y, palette.BLUE, dashed=False)
       _draw_label(draw, x, y, f"{caption}   target", palette.BLUE, fonts.caption)
+    elif position in row.also_right:
+      _draw_frame(draw, x, y, palette.BLUE, dashed=True)
+      _draw_label(draw, x, y, f"{caption}   right", palette.BLUE, fonts.caption)
     else:
       _draw_caption(draw, x, y, caption, palette.INK, fonts.caption)
   if row.target_position is None:

@@ -122,6 +122,15 @@ class TestTraining:
     assert "recall, val_split" not in once
     assert {"recall, val_split", "recall, original_split"} <= set(twice)
 
+  def test_many_metrics_are_told_apart_by_colour_and_style(self, figures, tmp_path):
+    names = ["R@1", "R@5", "R@10", "R@50", "Rsub@1", "Rsub@2", "Rsub@3", "mean"]
+    records = [{"step": s, **{f"eval/cirr_val/{n}": 1.0 for n in names}} for s in (1, 2)]
+    self.draw(records, tmp_path)
+    (axes,) = figures[0].axes
+    assert axes.get_title(loc="left") == "metrics, cirr_val"
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}
+    assert len(looks) == len(names)
+
   def test_a_metric_has_one_colour_in_all_protocols(self, figures, tmp_path):
     records = [{"step": s, "eval/a/R@1": 1, "eval/a/R@5": 2, "eval/b/R@5": 3} for s in (1, 2)]
     self.draw(records, tmp_path)

@@ -54,6 +54,17 @@ def where(picture, colour):
 
 
 class TestFrames:
+  def test_other_right_images_have_a_dashed_frame_in_their_places(self, image, tmp_path):
+    row = grid_row(image(), target_position=0, also_right=(2,))
+    columns = grid._columns([row])
+    plain = draw([grid_row(image(), target_position=0)], tmp_path)
+    picture = draw([row], tmp_path)
+    changed = np.flatnonzero((plain != picture).any(axis=(0, 2)))
+    low = columns.top[2] - grid._FRAME
+    assert low <= changed.min() and changed.max() < low + grid.CELL + 2 * grid._FRAME
+    frame = (picture[:, low] == BLUE).all(axis=-1)
+    assert 0.3 * grid.CELL < frame.sum() < 0.9 * grid.CELL  # Dashes, then the label.
+
   def test_a_retrieved_target_is_framed_in_its_place(self, image, tmp_path):
     row = grid_row(image())
     picture = draw([row], tmp_path)
