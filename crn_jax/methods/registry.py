@@ -3,11 +3,15 @@
 import ml_collections
 
 from crn_jax.errors import UserError
-from crn_jax.methods import crn, zero_shot
+from crn_jax.methods import crn, crn_towers, zero_shot
 from crn_jax.methods.base import Method
 from crn_jax.models.backbones.registry import check_prepared
 
-METHODS: dict[str, type[Method]] = {"crn": crn.CRN, "zero_shot": zero_shot.ZeroShot}
+METHODS: dict[str, type[Method]] = {
+  "crn": crn.CRN,
+  "crn_towers": crn_towers.CRNTowers,
+  "zero_shot": zero_shot.ZeroShot,
+}
 
 
 def create(
