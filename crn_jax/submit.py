@@ -14,11 +14,12 @@ import jax
 import ml_collections
 import numpy as np
 
-from crn_jax import configuration, state
+from crn_jax import configuration, pretrained, state
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile, SubmissionSpec
 from crn_jax.input_pipeline.registry import DATASETS
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers import base as tokenizers
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import registry
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval import ranking
@@ -30,11 +31,12 @@ _MAX_LISTED = 10
 
 
 def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
-  """Answers the queries of a data set's server with a trained run, and writes its files.
+  """Answers the queries of a data set's server, and writes its files.
 
   Args:
-    config: of the run; the fields in `run.fields_free_to_evaluate` may differ.
-    workdir: of the run; gets `submission/`.
+    config: of the run; the fields in `run.fields_free_to_evaluate` may differ. Or of a method that
+      is not trained.
+    workdir: of the run; gets `submission/`. Of a method that is not trained, any other folder.
     which: 'best' or 'last' checkpoint.
 
   Returns:
@@ -47,21 +49,29 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   workdir = pathlib.Path(workdir)
   configuration.check(config, eval_devices=jax.device_count())
   _spec(config)  # Before anything is read.
-  run.check_trained(workdir)
-  run.check_config(config, workdir, free=run.fields_free_to_evaluate(config, workdir))
   parallel = DataParallel.create(config.parallel.mode)
-  vocabulary = Vocabulary.load(workdir / "vocab.json")
-  method = registry.create(config, len(vocabulary), AXIS)
+  trains = registry.METHODS[config.method].trains
+  if trains:
+    run.check_trained(workdir)
+    run.check_config(config, workdir, free=run.fields_free_to_evaluate(config, workdir))
+    tokenizer = tokenizers.load(workdir / "vocab.json")
+  else:
+    run.check_folder(workdir)
+    tokenizer = pretrained.new_tokenizer(config, captions=())
+    state.check_pretrained(config)
+  method = registry.create(config, len(tokenizer), AXIS)
   encoder = Encoder.create(method, parallel)
-  step, variables = _restore(workdir, which, method)
-  variables = parallel.replicate(variables)
-  return submit_with(
-    encoder, variables, vocabulary, workdir, f"the {which} checkpoint (step {step})"
-  )
+  if trains:
+    step, variables = _restore(workdir, which, method)
+    answered_by = f"the {which} checkpoint (step {step})"
+  else:
+    variables = state.initial_variables(method)
+    answered_by = f"{config.model.pretrained}, without any training"
+  return submit_with(encoder, parallel.replicate(variables), tokenizer, workdir, answered_by)
 
 
 def submit_with(
-  encoder: Encoder, variables, vocabulary: Vocabulary, workdir: pathlib.Path, answered_by: str
+  encoder: Encoder, variables, vocabulary: Tokenizer, workdir: pathlib.Path, answered_by: str
 ) -> str:
   """Answers the queries of the server of the encoder's configuration, and writes its files.
 

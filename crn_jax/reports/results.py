@@ -79,7 +79,7 @@ class Results:
   Attributes:
     dataset: e.g. "fashioniq/dress".
     checkpoint_step: training step of what was evaluated.
-    selection: how the checkpoint was chosen, "last" or "best".
+    selection: how the checkpoint was chosen, "last" or "best"; "untrained" if there is none.
     captions: how the captions of a query are used; "single" if there is nothing to join.
     exclude_reference: whether a query's own reference image is not ranked, in protocols that leave
       it open; see `reference`.
@@ -143,6 +143,8 @@ class Results:
 
   def describe_selection(self) -> str:
     """How the evaluated checkpoint was chosen, in words."""
+    if self.selection == "untrained":
+      return "the pretrained weights, without any training"
     step = self.checkpoint_step
     own = self.best_metric.partition("/")[0] in self.summary.protocols
     chosen = f"by {self.best_metric} on {'these' if own else 'other'} queries"

@@ -36,12 +36,14 @@ _ADDED = {
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
   "model.remat": "none",
+  "zero_shot.query": "sum",
+  "zero_shot.slerp_weight": 0.5,
 }
 
 # What a run leaves in its folder.
-_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
-            "events.out.tfevents.*", "eval.json", "report.html", "pictures", "plugins",
-            "other_data", "submission")  # fmt: skip
+_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
+            "metrics.jsonl", "events.out.tfevents.*", "eval.json", "report.html", "pictures",
+            "plugins", "other_data", "submission")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
