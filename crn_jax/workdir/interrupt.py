@@ -30,8 +30,10 @@ class Interruption:
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-  def __init__(self):
+  def __init__(self, under_way: str = "step or evaluation"):
+    """`under_way` is what is finished first, for the message."""
     self.signal: int | None = None
+    self._under_way = under_way
     self._before: dict[int, object] = {}
 
   def __enter__(self) -> "Interruption":
@@ -49,7 +51,7 @@ class Interruption:
     with contextlib.suppress(OSError):
       os.write(
         1,
-        f"\n{name}: saving after this step or evaluation; again to leave without saving\n".encode(),
+        f"\n{name}: saving after this {self._under_way}; again to leave without saving\n".encode(),
       )
     self._restore()
 
