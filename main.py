@@ -1,4 +1,4 @@
-"""Trains, evaluates, compares, plans CRN, or checks its data: main.py --config=configs/demo.py."""
+"""Trains, evaluates, compares, plans CRN, checks its data; searches one's own pictures with it."""
 
 import functools
 import os
@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crn_jax import command_line
+from crn_jax.catalogue import command_line as catalogue
 from crn_jax.errors import UserError
 from crn_jax.workdir.interrupt import Interrupted
 
@@ -23,7 +24,7 @@ _CONFIG = config_flags.DEFINE_config_file(
   "continue or evaluate the run in --workdir, which has its own.",
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "compare", "prepare", "plan"], "What to do."
+  "mode", "train", ["train", "eval", "compare", "prepare", "plan", *catalogue.MODES], "What to do."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
@@ -40,7 +41,7 @@ _OVERWRITE = flags.DEFINE_bool(
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan finds as JSON.")
+_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan, index or search finds as JSON.")
 
 
 def main(argv):
@@ -64,6 +65,11 @@ def _run(mode: str) -> str:
 
     workdirs = [os.path.expanduser(workdir) for workdir in _WORKDIRS.value]
     return compare.compare(workdirs, _workdir("compare"))
+  if mode in catalogue.MODES:
+    from crn_jax import compilation_cache
+
+    compilation_cache.enable(_COMPILATION_CACHE.value)
+    return catalogue.run(mode, as_json=_JSON.value)
   config = _CONFIG.value
   if config is None:
     of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"

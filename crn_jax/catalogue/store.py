@@ -25,8 +25,8 @@ from crn_jax.workdir.lock import lock
 TOKEN = "MILVUS_TOKEN"
 COLLECTION = "catalogue"
 
-# They print every error with its traceback before they raise it.
-for _name in ("pymilvus", "milvus_lite"):
+# They print every error with its traceback before they raise it, and whatever Milvus Lite lacks.
+for _name in ("pymilvus", "milvus_lite", "grpc._server"):
   logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 _FIELDS = ("id", "path", "digest", "bytes", "width", "height")

@@ -9,12 +9,12 @@ class Interrupted(Exception):
   """A run was asked to stop, and has saved its state.
 
   Attributes:
-    step: updates done and saved.
+    step: updates done and saved, or another `unit`.
     signal: number of the signal.
   """
 
-  def __init__(self, step: int, signal_number: int):
-    super().__init__(f"stopped at step {step} by {signal.Signals(signal_number).name}")
+  def __init__(self, step: int, signal_number: int, unit: str = "step"):
+    super().__init__(f"stopped at {unit} {step} by {signal.Signals(signal_number).name}")
     self.step = step
     self.signal = signal_number
 
