@@ -155,8 +155,10 @@ def of_image(image: Image.Image) -> np.ndarray:
   try:
     images.check_supported(image)
     return np.asarray(images.to_rgb(_upright(image)))
-  except (images.Refused, OSError) as error:
-    raise Unreadable(str(error)) from error
+  except MemoryError:
+    raise
+  except Exception as error:  # Pillow decodes only now.
+    raise Unreadable(images.describe_damage(b"", error)) from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
