@@ -66,10 +66,7 @@ def _run(mode: str) -> str:
     workdirs = [os.path.expanduser(workdir) for workdir in _WORKDIRS.value]
     return compare.compare(workdirs, _workdir("compare"))
   if mode in catalogue.MODES:
-    from crn_jax import compilation_cache
-
-    compilation_cache.enable(_COMPILATION_CACHE.value)
-    return catalogue.run(mode, as_json=_JSON.value)
+    return catalogue.run(mode, _COMPILATION_CACHE.value, as_json=_JSON.value)
   config = _CONFIG.value
   if config is None:
     of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"

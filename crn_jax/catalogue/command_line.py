@@ -33,22 +33,31 @@ _GRID = flags.DEFINE_string("grid", None, "PNG to draw what --mode=search finds 
 _SHOWN = 20  # Skipped pictures that are listed.
 
 
-def run(mode: str, *, as_json: bool) -> str:
+def run(mode: str, compilation_cache: str | None, *, as_json: bool) -> str:
   """What a mode finds or has done, for people to read, or as JSON.
+
+  Args:
+    mode: one of `MODES`.
+    compilation_cache: see `compilation_cache.enable`.
+    as_json: whether to give JSON.
 
   Raises:
     UserError: a flag is missing or unfit; whatever indexing and searching raise.
     Interrupted: indexing was stopped.
   """
-  if not _INDEX.value:
-    raise UserError(f"--mode={mode} needs --index, e.g. --index=catalogue.db")
+  needed = {"index": (_INDEX, _MODEL, _IMAGES), "search": (_INDEX,)}[mode]
+  examples = {"index": "catalogue.db", "model": "runs/demo_crn", "images": "my_pictures"}
+  for flag in needed:
+    if not flag.value:
+      example = f"--{flag.name}={examples[flag.name]}"
+      raise UserError(f"--mode={mode} needs --{flag.name}, e.g. {example}")
+  from crn_jax import compilation_cache as cache  # Starts JAX.
+
+  cache.enable(compilation_cache)
   return _index(as_json) if mode == "index" else _search(as_json)
 
 
 def _index(as_json: bool) -> str:
-  for flag, example in ((_MODEL, "runs/demo"), (_IMAGES, "my_pictures")):
-    if not flag.value:
-      raise UserError(f"--mode=index needs --{flag.name}, e.g. --{flag.name}={example}")
   from crn_jax.catalogue import encoders, indexing, model
   from crn_jax.catalogue.store import Store
   from crn_jax.workdir.interrupt import Interrupted, Interruption
@@ -56,9 +65,7 @@ def _index(as_json: bool) -> str:
   indexing.sources(_IMAGES.value)  # Before the model is loaded, which takes seconds.
   with Store(_INDEX.value, _COLLECTION.value, create=True) as store, Interruption("batch") as stop:
     ready = encoders.Encoders(model.load(_MODEL.value))
-    report = indexing.update(
-      store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None
-    )  # fmt: skip
+    report = indexing.update(store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None)
   if not report.complete:
     raise Interrupted(report.total, stop.signal, unit="picture")
   return json.dumps(dataclasses.asdict(report)) if as_json else _described(report)
@@ -85,9 +92,7 @@ def _described(report) -> str:
 def _search(as_json: bool) -> str:
   from crn_jax.catalogue.retriever import Query, Retriever
 
-  with Retriever.open(
-    _INDEX.value, model=_MODEL.value, collection=_COLLECTION.value, batch_size=1
-  ) as retriever:
+  with Retriever.open(_INDEX.value, model=_MODEL.value, collection=_COLLECTION.value) as retriever:
     query = Query(_IMAGE.value, _TEXT.value, _ID.value, _FILTER.value)
     hits = retriever.query(
       query.image, query.text, _K.value, query.filter, id=query.id, min_score=_MIN_SCORE.value

@@ -15,8 +15,8 @@ from crn_jax.catalogue.store import COLLECTION, MAX_K, About, Row, Store, key_of
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers.words import UNK, Vocabulary
 
-# Queries that are answered at a time, by one compiled program; a single one has its own.
-BATCH_SIZE = 16
+# Pictures of an embedded catalogue whose rows are kept: nobody can change them meanwhile.
+_ROWS = 20_000
 
 # Scores closer than this are equal: the last bits depend on who multiplied. Of equal pictures the
 # one with the smaller id comes first; so many more than asked for are ranked to find it.
@@ -93,13 +93,13 @@ class Retriever:
 
   Attributes:
     about: what the catalogue says of itself: model, facets for filters.
-    batch_size: queries of a compiled program.
+    batch_size: queries of the compiled program.
   """
 
   def __init__(self, store: Store, about: About, loaded: model.Model, batch_size: int):
     """Use `open`."""
     self.about, self.batch_size = about, batch_size
-    self._store = store
+    self._store, self._rows = store, {}
     self._encoders = encoders.Encoders(loaded)
     self._ranker = rankers.create(store, about, batch_size)
     self._pool = concurrent.futures.ThreadPoolExecutor()  # Of decoders.
@@ -111,7 +111,7 @@ class Retriever:
     *,
     model: str | os.PathLike | None = None,
     collection: str = COLLECTION,
-    batch_size: int = BATCH_SIZE,
+    batch_size: int = 1,
   ) -> "Retriever":
     """Opens a catalogue that `--mode=index` has made.
 
@@ -120,7 +120,8 @@ class Retriever:
         $MILVUS_TOKEN.
       model: folder of its model; None is where it was when it was indexed.
       collection: name in the store.
-      batch_size: queries of a compiled program.
+      batch_size: queries that are answered at a time, by one compiled program; fewer are filled up
+        to it. 16 suits a server of small models.
 
     Raises:
       UserError: there is no such catalogue or model, another process holds it, or the model is
@@ -210,7 +211,7 @@ class Retriever:
     prepared = self._prepare(query, for_attention=True)
     if prepared.picture is None or not prepared.text:
       return None
-    answers = self._encoders.answer([prepared.picture], [prepared.text], 1)
+    answers = self._encoders.answer([prepared.picture], [prepared.text], self.batch_size)
     if not answers.attention:
       return None
     words = [word for word, _ in self._encoders.model.tokenizer.read((prepared.text,))]
@@ -242,8 +243,7 @@ class Retriever:
 
   def warm(self) -> None:
     """Compiles what queries need, before the first one comes."""
-    for n in (1, self.batch_size):
-      self._rank(self._encoders.answer([self._encoders.empty_picture] * n, ["x"] * n, n).text, [""])
+    self.query_batch([Query(image=self._encoders.empty_picture, text="x")])
 
   def _answer(self, queries, k: int, min_score: float | None) -> list[list[Hit] | UserError]:
     """Of up to `batch_size` queries."""
@@ -251,13 +251,22 @@ class Retriever:
     good = [p for p in prepared if isinstance(p, _Prepared)]
     vectors = self._vectors(good)
     rankings = self._rank_or_errors(vectors, [p.query.filter for p in good], k)
-    keys = {key for r in rankings if not isinstance(r, UserError) for key, _ in r}
-    rows = self._store.get(keys)
-    found = iter(
-      r if isinstance(r, UserError) else _hits(p.query, r, rows, k, min_score)
+    rankings = [
+      r if isinstance(r, UserError) else _best(p.query, r, k)
       for p, r in zip(good, rankings, strict=True)
-    )
+    ]
+    rows = self._get({key for r in rankings if not isinstance(r, UserError) for key, _ in r})
+    found = iter(r if isinstance(r, UserError) else _hits(r, rows, k, min_score) for r in rankings)
     return [next(found) if isinstance(p, _Prepared) else p for p in prepared]
+
+  def _get(self, keys: set[str]) -> dict[str, Row]:
+    if not self._store.embedded:
+      return self._store.get(keys)
+    kept = self._rows  # Replaced as a whole, as several threads ask.
+    if missing := keys - kept.keys():
+      kept = {k: kept[k] for k in keys - missing} | self._store.get(missing)
+      self._rows = (self._rows if len(self._rows) < _ROWS else {}) | kept
+    return kept
 
   def _prepare_or_error(self, query: Query) -> _Prepared | UserError:
     try:
@@ -289,7 +298,7 @@ class Retriever:
       given = [prepared[i].picture for i in due]
       shown = [empty if picture is None else picture for picture in given]
       texts = [prepared[i].text for i in due]
-      answers = self._encoders.answer(shown, texts, 1 if len(due) == 1 else self.batch_size)
+      answers = self._encoders.answer(shown, texts, self.batch_size)
       for row, (i, picture, text) in enumerate(zip(due, given, texts, strict=True)):
         of_kind = answers.text if picture is None else answers.composed if text else answers.image
         vectors[i] = of_kind[row]
@@ -318,17 +327,21 @@ class Retriever:
     return self._ranker.rank(vectors[: len(filters)], wide, filters)
 
 
+def _best(query: Query, ranking: rankers.Ranking, k: int) -> rankers.Ranking:
+  """The k best, and those that score like the last of them; never the reference itself."""
+  own = None if query.id is None else key_of(query.id)
+  others = [(key, score) for key, score in ranking if key != own]
+  least = round(others[k - 1][1], _DECIMALS) if len(others) > k else -np.inf
+  return [(key, score) for key, score in others if round(score, _DECIMALS) >= least]
+
+
 def _hits(
-  query: Query,
-  ranking: rankers.Ranking,
-  rows: dict[str, Row],
-  k: int,
-  min_score: float | None,
+  ranking: rankers.Ranking, rows: dict[str, Row], k: int, min_score: float | None
 ) -> list[Hit]:
   hits = [
     Hit(row.id, row.path, score, row.width, row.height, row.metadata)
     for key, score in ranking
-    if (row := rows.get(key)) and row.id != query.id
+    if (row := rows.get(key))  # On a server it may be gone meanwhile.
   ]
   hits.sort(key=lambda hit: (-round(hit.score, _DECIMALS), hit.id))
   return [hit for hit in hits[:k] if min_score is None or hit.score >= min_score]
