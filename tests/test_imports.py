@@ -34,6 +34,8 @@ ALLOWED = {
   "evaluate": {"input_pipeline", "reports", "retrieval"},
   "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "reports",
             "retrieval", "state", "training_step", "workdir"},
+  "catalogue": {"compilation_cache", "input_pipeline", "methods", "reports", "retrieval", "state",
+                "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

@@ -282,7 +282,7 @@ class _Work:
         f"{self.encoders.model.path}: the model gives no finite vectors, first of "
         f"{next(iter(new.values())).row.path}; nothing is stored of them. Was its training sound?"
       )
-    self.report.encoded += sum(good.values())
+    self.report.encoded += int(sum(good.values()))
     self.report.skipped += [
       Skipped(pictures.printable(r.row.path), "the model gives it no finite vector")
       for r in due
