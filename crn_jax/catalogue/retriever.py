@@ -13,7 +13,6 @@ from PIL import Image
 from crn_jax.catalogue import encoders, indexing, model, pictures, rankers
 from crn_jax.catalogue.store import COLLECTION, MAX_K, About, Row, Store, key_of
 from crn_jax.errors import UserError
-from crn_jax.input_pipeline.tokenizers.words import UNK, Vocabulary
 
 # Pictures of an embedded catalogue whose rows are kept: nobody can change them meanwhile.
 _ROWS = 20_000
@@ -221,9 +220,10 @@ class Retriever:
   def unknown_words(self, text: str) -> list[str]:
     """Words of a text that say nothing to the model, as it has learned them nowhere."""
     tokenizer = self._encoders.model.tokenizer
-    if not text.strip() or not isinstance(tokenizer, Vocabulary):
+    if not text.strip():
       return []
-    return list(dict.fromkeys(word for word, i in tokenizer.read((text,)) if i == UNK))
+    read = tokenizer.read((text,))
+    return list(dict.fromkeys(word for word, i in read if tokenizer.role(i) == "unknown"))
 
   def get(self, id: str) -> Row:
     """What is known of a picture of the catalogue.

@@ -33,11 +33,13 @@ _ADDED = {
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
   "model.remat": "none",
+  "zero_shot.query": "sum",
+  "zero_shot.slerp_weight": 0.5,
 }
 
 # What a run leaves in its folder.
-_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
-            "events.out.tfevents.*", "eval.json", "report.html", "pictures",
+_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
+            "metrics.jsonl", "events.out.tfevents.*", "eval.json", "report.html", "pictures",
             "plugins")  # fmt: skip
 
 
@@ -163,6 +165,15 @@ def check_config(
 def as_json(config: ml_collections.ConfigDict) -> dict:
   """The configuration as config.json holds it."""
   return json.loads(config.to_json_best_effort())
+
+
+def settings(config: ml_collections.ConfigDict) -> dict:
+  """The fields of a configuration as `flat`, less newer ones that say what older runs did.
+
+  So they are the same for a run whatever version began it and reads it.
+  """
+  fields = flat(as_json(config)).items()
+  return {name: value for name, value in fields if name not in _ADDED or value != _ADDED[name]}
 
 
 def flat(tree: dict, prefix: str = "") -> dict:

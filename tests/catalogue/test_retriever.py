@@ -271,7 +271,7 @@ class TestOpening:
     ("name", "message"),
     [
       ("absent", "--model=.*absent: no such folder"),
-      ("pictures", "--model=.*pictures: holds no trained run"),
+      ("pictures", "--model=.*pictures: holds neither a trained run"),
     ],
   )
   def test_what_is_no_model(self, name, message, place):
