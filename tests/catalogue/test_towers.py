@@ -1,4 +1,4 @@
-"""A folder of converted towers searches as it is: nothing is trained, no configuration is needed."""
+"""A folder of converted towers searches as it is: untrained, and without a configuration."""
 
 import shutil
 
