@@ -5,6 +5,7 @@ What Milvus needs to be told, and what it must not be, is known here only.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -108,6 +109,19 @@ def is_server(index: str) -> bool:
   return index.startswith(("http://", "https://"))
 
 
+def _in_words(method):
+  """Makes a sentence of what Milvus raises: a lost connection, a full disk."""
+
+  @functools.wraps(method)
+  def call(self, *args, **kwargs):
+    try:
+      return method(self, *args, **kwargs)
+    except pymilvus.MilvusException as error:
+      raise UserError(f"{self.index}: Milvus failed ({_first_line(error)})") from error
+
+  return call
+
+
 class Store:
   """A catalogue in Milvus; closed at the end of a `with` block.
 
@@ -168,6 +182,7 @@ class Store:
   def embedded(self) -> bool:
     return self.cache is not None
 
+  @_in_words
   def about(self) -> About | None:
     """What the catalogue says of itself; None if there is none yet.
 
@@ -184,6 +199,7 @@ class Store:
       raise UserError(f"{self.index}: written by a newer version of this program; update it")
     return About(**content)
 
+  @_in_words
   def create(self, about: About) -> None:
     """Makes an empty catalogue."""
     if self._client.has_collection(self._name):
@@ -206,6 +222,7 @@ class Store:
     self._exists = True
     self.describe(about)
 
+  @_in_words
   def describe(self, about: About) -> None:
     """Writes what the catalogue says of itself."""
     content = {"format": _FORMAT, **dataclasses.asdict(about)}
@@ -215,6 +232,7 @@ class Store:
     row = {"key": _ABOUT_KEY, "vector": [1.0] * _ABOUT_DIM, "content": text}
     self._client.upsert(self._about, [row])
 
+  @_in_words
   def write(self, rows: Sequence[Row], vectors: np.ndarray, replaced: Sequence[str]) -> None:
     """Adds pictures; once it returns, they outlive the process, however it ends.
 
@@ -238,16 +256,19 @@ class Store:
       ],
     )
 
+  @_in_words
   def delete(self, keys: Iterable[str]) -> None:
     keys = list(keys)
     for start in range(0, len(keys), _NAMED):
       self._client.delete(self._name, filter=_named(keys[start : start + _NAMED]))
 
+  @_in_words
   def flush(self) -> None:
     """Brings what was written into its place; without it, asking takes seconds."""
     for name in (self._name, self._about):
       self._client.flush(name)
 
+  @_in_words
   def count(self) -> int:
     return self._query(self._name, "", ["count(*)"])[0]["count(*)"]
 
@@ -261,17 +282,20 @@ class Store:
     for page in self._pages(["vector"], max(1, min(_PAGE, _PAGE_FLOATS // dim))):
       yield [row["key"] for row in page], np.asarray([row["vector"] for row in page], np.float32)
 
+  @_in_words
   def get(self, keys: Iterable[str]) -> dict[str, Row]:
     """Pictures by their keys; absent ones are left out."""
     found = self._get(keys, [*_FIELDS, "$meta"])
     return {row["key"]: _row(row) for row in found}
 
+  @_in_words
   def get_vectors(self, keys: Iterable[str]) -> dict[str, np.ndarray]:
     """Vectors [dim] float32 by their keys; absent ones are left out."""
     return {
       row["key"]: np.asarray(row["vector"], np.float32) for row in self._get(keys, ["vector"])
     }
 
+  @_in_words
   def matching(self, filter_: str) -> list[str]:
     """Keys of all pictures that a filter lets through; for embedded catalogues.
 
@@ -281,6 +305,7 @@ class Store:
     with _about_filter(filter_):
       return [row["key"] for row in self._query(self._name, filter_, ["key"])]
 
+  @_in_words
   def sample(self, n: int, filter_: str = "") -> list[Row]:
     """Some pictures, the same ones every time: the first by their keys, which are hashes."""
     with _about_filter(filter_):
@@ -291,6 +316,7 @@ class Store:
       iterator.close()
     return [_row(row) for row in found]
 
+  @_in_words
   def search(self, vectors: np.ndarray, k: int, filter_: str) -> list[list[tuple[str, float]]]:
     """The k best pictures that a filter lets through: of each query (key, cosine), best first.
 
@@ -341,12 +367,18 @@ class Store:
       yield from self._query(self._name, _named(keys[start : start + _NAMED]), fields)
 
   def _pages(self, fields: list[str], size: int) -> Iterator[list[dict]]:
-    iterator = self._client.query_iterator(
-      self._name, batch_size=size, filter="", output_fields=fields
-    )
-    while page := iterator.next():
+    iterator = self._pages_of(fields, size)
+    while page := self._next(iterator):
       yield page
     iterator.close()
+
+  @_in_words
+  def _pages_of(self, fields: list[str], size: int):
+    return self._client.query_iterator(self._name, batch_size=size, filter="", output_fields=fields)
+
+  @_in_words
+  def _next(self, iterator) -> list[dict]:
+    return iterator.next()
 
   def _hold_folder(self, create: bool) -> str:
     """Checks and locks the folder of Milvus Lite; the address under which Milvus knows it."""

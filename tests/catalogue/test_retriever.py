@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from milvus_lite.server_manager import server_manager_instance
 from PIL import Image
 
 import crn_jax
@@ -277,6 +278,20 @@ class TestOpening:
   def test_what_is_no_model(self, name, message, place):
     with pytest.raises(UserError, match=message):
       model.load(place / name)
+
+  def test_a_server_gives_the_same(self, closed, retriever):
+    """By the address at which Milvus Lite listens itself; there the store ranks."""
+    queries = [
+      Query(text="is red"), Query(id="03", text="is blue"), Query(id="04"),
+      Query(text="is red", filter='kind == "shirt"'),
+    ]  # fmt: skip
+    with Store(closed):
+      address = server_manager_instance.start_and_get_uri(str(closed))
+      with Retriever.open(address, batch_size=4) as served:
+        assert isinstance(served._ranker, rankers.StoreRanker)
+        found = served.query_batch(queries, k=5)
+    for ours, theirs in zip(retriever.query_batch(queries, k=5), found, strict=True):
+      assert [hit.id for hit in ours] == [hit.id for hit in theirs]
 
   def test_a_store_without_this_catalogue(self, closed):
     with pytest.raises(UserError, match="holds no catalogue other; make it with --mode=index"):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pymilvus
 import pytest
 from milvus_lite.server_manager import server_manager_instance
 
@@ -190,6 +191,32 @@ class TestAbout:
         store.write([made.row(name)], made.unit_vectors(1, 0), [])
     with Store(tmp_path / "a.db", "a") as store:
       assert [row.id for row in store.rows()] == ["a"]
+
+
+class TestFailures:
+  @pytest.mark.parametrize(
+    "ask",
+    [
+      lambda s: s.about(), lambda s: s.count(), lambda s: list(s.rows()), lambda s: s.flush(),
+      lambda s: s.write([made.row("a")], made.unit_vectors(1, 0), []), lambda s: s.sample(2),
+      lambda s: list(s.vectors(made.DIM)), lambda s: s.get(["a"]), lambda s: s.get_vectors(["a"]),
+      lambda s: s.delete(["a"]), lambda s: s.describe(made.about()), lambda s: s.matching("n > 1"),
+      lambda s: s.search(made.unit_vectors(1, 0), 3, ""), lambda s: s.create(made.about()),
+    ],
+  )  # fmt: skip
+  def test_what_milvus_raises_becomes_a_sentence(self, ask, tmp_path, monkeypatch):
+    with Store(tmp_path / "a.db", create=True) as store:
+      store.create(made.about())
+
+      def fail(*args, **kwargs):
+        raise pymilvus.MilvusException(1, "connection lost\nmore")
+
+      for name in ("query", "upsert", "delete", "flush", "search", "query_iterator",
+                   "has_collection"):  # fmt: skip
+        monkeypatch.setattr(store._client, name, fail)
+      with pytest.raises(UserError, match=r"connection lost\)") as error:
+        ask(store)
+      assert "\n" not in str(error.value)
 
 
 HOLD = """
