@@ -63,9 +63,12 @@ def _index(as_json: bool) -> str:
   from crn_jax.workdir.interrupt import Interrupted, Interruption
 
   indexing.sources(_IMAGES.value)  # Before the model is loaded, which takes seconds.
-  with Store(_INDEX.value, _COLLECTION.value, create=True) as store, Interruption("batch") as stop:
+  with Interruption("batch") as stop:
     ready = encoders.Encoders(model.load(_MODEL.value))
-    report = indexing.update(store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None)
+    with Store(_INDEX.value, _COLLECTION.value, create=True) as store:
+      report = indexing.update(
+        store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None
+      )  # fmt: skip
   if not report.complete:
     raise Interrupted(report.total, stop.signal, unit="picture")
   return json.dumps(dataclasses.asdict(report)) if as_json else _described(report)
