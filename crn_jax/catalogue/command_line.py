@@ -113,7 +113,9 @@ def _search(as_json: bool) -> str:
     return json.dumps(found | ({"grid": drawn} if drawn else {}))
   lines = [_table(hits)] if hits else ["nothing found"]
   if unknown:
-    lines.append(f"words that the model has not learned, and passes over: {', '.join(unknown)}")
+    lines.append(
+      f"words that the model has not learned, and cannot tell apart: {', '.join(unknown)}"
+    )
   if drawn:
     lines.append(f"written {drawn}")
   return "\n".join(lines)

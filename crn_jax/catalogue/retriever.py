@@ -219,7 +219,7 @@ class Retriever:
     return Attention(words, maps, dict(self._encoders.model.method.attention_notes))
 
   def unknown_words(self, text: str) -> list[str]:
-    """Words of a text that say nothing to the model, as it has learned them nowhere."""
+    """Words of a text that the model has not learned: all of them are one and the same to it."""
     tokenizer = self._encoders.model.tokenizer
     if not text.strip():
       return []
