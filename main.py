@@ -1,4 +1,7 @@
-"""Trains, evaluates, submits, compares, plans CRN, checks data: main.py --config=configs/demo.py"""
+"""Trains, evaluates, compares and plans models, checks data, searches one's own pictures.
+
+main.py --config=configs/demo.py; --help lists the modes.
+"""
 
 import functools
 import os
@@ -13,6 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from crn_jax import command_line
+from crn_jax.catalogue import command_line as catalogue
 from crn_jax.errors import UserError
 from crn_jax.workdir.interrupt import Interrupted
 
@@ -23,7 +27,10 @@ _CONFIG = config_flags.DEFINE_config_file(
   "continue or evaluate the run in --workdir, which has its own.",
 )
 _MODE = flags.DEFINE_enum(
-  "mode", "train", ["train", "eval", "submit", "compare", "prepare", "plan"], "What to do."
+  "mode",
+  "train",
+  ["train", "eval", "submit", "compare", "prepare", "plan", *catalogue.MODES],
+  "What to do.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config.name>, of --mode=compare runs/compare."
@@ -40,7 +47,7 @@ _OVERWRITE = flags.DEFINE_bool(
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan finds as JSON.")
+_JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan, index or search finds as JSON.")
 
 
 def main(argv):
@@ -64,6 +71,8 @@ def _run(mode: str) -> str:
 
     workdirs = [os.path.expanduser(workdir) for workdir in _WORKDIRS.value]
     return compare.compare(workdirs, _workdir("compare"))
+  if mode in catalogue.MODES:
+    return catalogue.run(mode, _COMPILATION_CACHE.value, as_json=_JSON.value)
   config = _CONFIG.value
   if config is None:
     of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"

@@ -33,6 +33,8 @@ ALLOWED = {
   "configuration": {"input_pipeline", "methods", "models", "retrieval.metrics", "workdir.run"},
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
+  "catalogue": {"compilation_cache", "input_pipeline", "methods", "pretrained", "reports",
+                "retrieval", "state", "workdir"},
   "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "pretrained",
             "reports", "retrieval", "state", "training_step", "workdir"},
   "submit": {"configuration", "input_pipeline", "methods", "parallel", "pretrained", "retrieval",

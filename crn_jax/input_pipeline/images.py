@@ -117,13 +117,13 @@ def describe_mode(image: Image.Image) -> str:
   return f"{image.mode} with transparency" if image.has_transparency_data else image.mode
 
 
-def describe_damage(path: str | os.PathLike, error: Exception) -> str:
+def describe_damage(file: str | os.PathLike | bytes, error: Exception) -> str:
   """Why a file could not be decoded, in a few words.
 
   They begin with a key of `MEND`, or with "empty", "truncated", "not an image" or "damaged".
 
   Args:
-    path: of the file.
+    file: its path, or its content.
     error: what decoding it raised.
   """
   if isinstance(error, Refused):
@@ -131,8 +131,7 @@ def describe_damage(path: str | os.PathLike, error: Exception) -> str:
   if isinstance(error, Image.DecompressionBombError):
     return f"too large: {error}"
   if isinstance(error, UnidentifiedImageError):
-    with open(path, "rb") as file:
-      head = file.read(12)
+    head = file[:12] if isinstance(file, bytes) else _head(file)
     for name, (brands, decoder) in _DECODERS.items():
       if head[4:8] == b"ftyp" and head[8:] in brands:
         known = importlib.util.find_spec(decoder) is not None
@@ -142,6 +141,11 @@ def describe_damage(path: str | os.PathLike, error: Exception) -> str:
     return "truncated"
   # An error of the system repeats the path in its text; some errors have none.
   return f"damaged: {getattr(error, 'strerror', None) or error or type(error).__name__}"
+
+
+def _head(path: str | os.PathLike) -> bytes:
+  with open(path, "rb") as file:
+    return file.read(12)
 
 
 def mend(reason: str) -> str | None:

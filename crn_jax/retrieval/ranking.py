@@ -9,6 +9,7 @@ except that equal scores have a defined order: the earlier gallery position come
 Features are compared in float32. Nothing here knows what a query or a gallery item is.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -37,6 +38,29 @@ def empty_features(n: int, d: int) -> np.ndarray:
   memory = np.empty(size + _ALIGNMENT, np.uint8)
   start = -memory.ctypes.data % _ALIGNMENT
   return memory[start : start + size].view(np.float32).reshape(n, d)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gallery:
+  """Features of a gallery that is asked many times: checked and moved to the device once.
+
+  Attributes:
+    features: [g, d] float32, finite.
+  """
+
+  features: jax.Array
+
+  @classmethod
+  def create(cls, features: Array) -> "Gallery":
+    """Checks features [g, d] and moves them.
+
+    Raises:
+      ValueError: a wrong shape, no rows, or features that are not finite.
+    """
+    if features.ndim != 2 or len(features) == 0:
+      raise ValueError(f"expected a gallery [g, d] with rows, got {features.shape}")
+    # jnp.asarray would copy twice.
+    return cls(jax.device_put(_finite("gallery", features)))
 
 
 def target_ranks(
@@ -91,10 +115,11 @@ def target_ranks(
 
 def top_k(
   queries: Array,
-  gallery: Array,
+  gallery: Array | Gallery,
   k: int,
   exclude: Array | Sequence[int],
   *,
+  allowed: Array | None = None,
   block_size: int = BLOCK_SIZE,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k best gallery items of every query, best first; equal scores in gallery order.
@@ -104,7 +129,8 @@ def top_k(
     gallery: [g, d] gallery features.
     k: how many; at most g are returned.
     exclude: [q] int, gallery position to leave out, -1 for none. It scores EXCLUDED_SCORE, so it
-      shows up, last, only when the whole gallery is asked for.
+      shows up, last, only when more is asked for than there is beside it.
+    allowed: [q, g] bool, False where an item is left out like an excluded one; None allows all.
     block_size: queries scored at a time, as in `target_ranks`.
 
   Returns:
@@ -117,11 +143,20 @@ def top_k(
     raise ValueError(f"k must be at least 1, got {k}")
   queries, gallery = _checked_features(queries, gallery)
   exclude = _checked_positions("exclude", exclude, len(queries), len(gallery))
+  given = (queries, exclude)
+  if allowed is not None:
+    allowed = np.asarray(allowed)
+    if allowed.shape != (len(queries), len(gallery)) or allowed.dtype != bool:
+      raise ValueError(
+        f"allowed: expected bool [{len(queries)}, {len(gallery)}], got {allowed.dtype} "
+        f"{list(allowed.shape)}"
+      )
+    given += (allowed,)
   k = min(k, len(gallery))
   indices = np.empty((len(queries), k), np.int64)
   scores = np.empty((len(queries), k), np.float32)
-  for rows, (block, e) in _blocks((queries, exclude), block_size):
-    best_scores, best = _top_k_block(block, gallery, e, k)
+  for rows, (block, *left_out) in _blocks(given, block_size):
+    best_scores, best = _top_k_block(block, gallery, *left_out, k=k)
     indices[rows] = np.asarray(best)[: rows.stop - rows.start]
     scores[rows] = np.asarray(best_scores)[: rows.stop - rows.start]
   return indices, scores
@@ -179,10 +214,13 @@ def _rank_block(queries, gallery, targets, exclude):
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _top_k_block(queries, gallery, exclude, k):
+def _top_k_block(queries, gallery, exclude, allowed=None, *, k):
   scores = _scores(queries, gallery)
   column = jnp.arange(gallery.shape[0], dtype=jnp.int32)[None, :]
-  return jax.lax.top_k(jnp.where(column == exclude[:, None], EXCLUDED_SCORE, scores), k)
+  left_out = column == exclude[:, None]
+  if allowed is not None:
+    left_out |= ~allowed
+  return jax.lax.top_k(jnp.where(left_out, EXCLUDED_SCORE, scores), k)
 
 
 def _scores(queries, gallery):
@@ -219,24 +257,29 @@ def _blocks(
     yield rows, tuple(np.pad(a[rows], ((0, pad),) + ((0, 0),) * (a.ndim - 1)) for a in arrays)
 
 
-def _checked_features(queries: Array, gallery: Array) -> tuple[np.ndarray, jax.Array]:
+def _checked_features(queries: Array, gallery: Array | Gallery) -> tuple[np.ndarray, jax.Array]:
   """Both in float32: queries on the host, from where blocks leave; gallery on the device."""
-  if queries.ndim != 2 or gallery.ndim != 2 or queries.shape[1] != gallery.shape[1]:
+  checked = gallery if isinstance(gallery, Gallery) else None
+  features = checked.features if checked else gallery
+  if queries.ndim != 2 or features.ndim != 2 or queries.shape[1] != features.shape[1]:
     raise ValueError(
-      f"expected queries [q, d] and gallery [g, d], got {queries.shape} and {gallery.shape}"
+      f"expected queries [q, d] and gallery [g, d], got {queries.shape} and {features.shape}"
     )
-  if len(gallery) == 0:
+  if len(features) == 0:
     raise ValueError("the gallery is empty")
-  queries = np.asarray(queries, dtype=np.float32)
-  gallery = np.asarray(gallery, dtype=np.float32)
-  for name, features in (("queries", queries), ("gallery", gallery)):
-    finite = _finite_rows(features)
-    bad = np.flatnonzero(~finite)
-    if bad.size:
-      raise ValueError(
-        f"{name}: {bad.size} of {len(finite)} rows are not finite in float32, first row {bad[0]}"
-      )
-  return queries, jax.device_put(gallery)  # jnp.asarray would copy twice.
+  return _finite("queries", queries), (checked or Gallery.create(gallery)).features
+
+
+def _finite(name: str, features: Array) -> np.ndarray:
+  """Features in float32 on the host, of which all rows are finite."""
+  features = np.asarray(features, dtype=np.float32)
+  finite = _finite_rows(features)
+  bad = np.flatnonzero(~finite)
+  if bad.size:
+    raise ValueError(
+      f"{name}: {bad.size} of {len(finite)} rows are not finite in float32, first row {bad[0]}"
+    )
+  return features
 
 
 def _finite_rows(features: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ class CheckpointReader:
 
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder).absolute()
-    logging.get_absl_handler().addFilter(_not_of_orbax)
+    logging.get_absl_logger().addFilter(_not_of_orbax)
     self._manager = self._open()
 
   def _open(self) -> ocp.CheckpointManager:

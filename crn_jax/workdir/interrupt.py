@@ -9,12 +9,12 @@ class Interrupted(Exception):
   """A run was asked to stop, and has saved its state.
 
   Attributes:
-    step: updates done and saved.
+    step: updates done and saved, or another `unit`.
     signal: number of the signal.
   """
 
-  def __init__(self, step: int, signal_number: int):
-    super().__init__(f"stopped at step {step} by {signal.Signals(signal_number).name}")
+  def __init__(self, step: int, signal_number: int, unit: str = "step"):
+    super().__init__(f"stopped at {unit} {step} by {signal.Signals(signal_number).name}")
     self.step = step
     self.signal = signal_number
 
@@ -30,8 +30,10 @@ class Interruption:
 
   _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-  def __init__(self):
+  def __init__(self, under_way: str = "step or evaluation"):
+    """`under_way` is what is finished first, for the message."""
     self.signal: int | None = None
+    self._under_way = under_way
     self._before: dict[int, object] = {}
 
   def __enter__(self) -> "Interruption":
@@ -49,7 +51,7 @@ class Interruption:
     with contextlib.suppress(OSError):
       os.write(
         1,
-        f"\n{name}: saving after this step or evaluation; again to leave without saving\n".encode(),
+        f"\n{name}: saving after this {self._under_way}; again to leave without saving\n".encode(),
       )
     self._restore()
 

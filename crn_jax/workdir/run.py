@@ -182,6 +182,15 @@ def as_json(config: ml_collections.ConfigDict) -> dict:
   return json.loads(config.to_json_best_effort())
 
 
+def settings(config: ml_collections.ConfigDict) -> dict:
+  """The fields of a configuration as `flat`, less newer ones that say what older runs did.
+
+  So they are the same for a run whatever version began it and reads it.
+  """
+  fields = flat(as_json(config)).items()
+  return {name: value for name, value in fields if name not in _ADDED or value != _ADDED[name]}
+
+
 def flat(tree: dict, prefix: str = "") -> dict:
   """A nested configuration as {"data.root": value}."""
   fields = {}

@@ -209,6 +209,47 @@ class TestTopK:
     indices, _ = ranking.top_k(queries, gallery, 40, exclude, block_size=8)
     np.testing.assert_array_equal(indices[np.arange(30), ranks], target)
 
+  def test_only_allowed_items_are_ranked(self):
+    """Like a gallery of them alone, whatever the block; ties in their order."""
+    rng = np.random.default_rng(3)
+    queries, gallery = small_integers(rng, 20, 3), small_integers(rng, 40, 3)
+    allowed = rng.random((20, 40)) < 0.5
+    exclude = rng.integers(-1, 40, 20)
+    indices, scores = ranking.top_k(queries, gallery, 40, exclude, allowed=allowed, block_size=8)
+    for i in range(20):
+      own = np.flatnonzero(allowed[i] & (np.arange(40) != exclude[i]))
+      best, of_best = ranking.top_k(queries[i : i + 1], gallery[own], 40, [-1])
+      np.testing.assert_array_equal(indices[i, : len(own)], own[best[0]])
+      np.testing.assert_array_equal(scores[i, : len(own)], of_best[0])
+      assert (scores[i, len(own) :] == np.float32(ranking.EXCLUDED_SCORE)).all()
+
+  def test_a_gallery_that_was_prepared_is_not_checked_again(self, monkeypatch):
+    gallery = ranking.Gallery.create(TestTargetRanks.GALLERY)
+    expected = ranking.top_k(TestTargetRanks.QUERY, TestTargetRanks.GALLERY, 2, [1])
+    checked = []
+    finite = ranking._finite
+    monkeypatch.setattr(ranking, "_finite", lambda name, x: checked.append(name) or finite(name, x))
+    found = ranking.top_k(TestTargetRanks.QUERY, gallery, 2, [1])
+    for a, b in zip(found, expected, strict=True):
+      np.testing.assert_array_equal(a, b)
+    assert checked == ["queries"]
+
+  @pytest.mark.parametrize(
+    ("features", "message"),
+    [
+      (np.zeros((0, 2)), "expected a gallery"), (np.zeros(3), "expected a gallery"),
+      (np.array([[1.0, 2.0], [np.nan, 0.0]]), "gallery: 1 of 2 rows are not finite"),
+    ],
+  )  # fmt: skip
+  def test_a_gallery_that_cannot_be_ranked(self, features, message):
+    with pytest.raises(ValueError, match=message):
+      ranking.Gallery.create(features)
+
+  @pytest.mark.parametrize("allowed", [np.ones((1, 3), bool), np.ones((1, 4)), np.ones(4, bool)])
+  def test_a_mask_of_another_shape_or_type(self, allowed):
+    with pytest.raises(ValueError, match=r"allowed: expected bool \[1, 4\], got"):
+      ranking.top_k(TestTargetRanks.QUERY, TestTargetRanks.GALLERY, 2, [-1], allowed=allowed)
+
   def test_refuses_k_below_one(self):
     with pytest.raises(ValueError, match="k must be at least 1"):
       ranking.top_k(np.ones((1, 2)), np.ones((3, 2)), 0, [-1])

@@ -29,3 +29,11 @@ def test_handlers_are_as_before_afterwards():
 
 def test_the_exception_says_where_the_run_stands():
   assert str(Interrupted(7, signal.SIGTERM)) == "stopped at step 7 by SIGTERM"
+  stopped = Interrupted(7, signal.SIGINT, unit="picture")
+  assert str(stopped) == "stopped at picture 7 by SIGINT"
+
+
+def test_what_is_finished_first_is_said(capfd):
+  with Interruption("batch"):
+    os.kill(os.getpid(), signal.SIGINT)
+  assert "SIGINT: saving after this batch; again to leave" in capfd.readouterr().out

@@ -46,6 +46,24 @@ def test_more_epochs_are_allowed_unless_the_learning_rate_depends_on_them(tmp_pa
     check(config, tmp_path)
 
 
+def test_settings_are_the_same_whatever_version_began_the_run(tmp_path):
+  """Fields that an old run does not have count only where they say something new."""
+  config = default.get_config()
+  new = run.settings(config)
+  old = run.as_json(config)
+  for name in run._ADDED:
+    *groups, field = name.split(".")
+    group = old
+    for key in groups:
+      group = group[key]
+    del group[field]
+  run.write_json(old, tmp_path / "config.json")
+  assert run.settings(run.load_config(tmp_path)) == new
+  assert new["model.feature_dim"] == config.model.feature_dim
+  config.model.remat = "full"
+  assert run.settings(config) == new | {"model.remat": "full"}
+
+
 def test_damaged_configuration_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json: not valid JSON"):

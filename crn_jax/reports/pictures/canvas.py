@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from crn_jax.errors import UserError
@@ -12,6 +13,9 @@ from crn_jax.reports.pictures import palette
 from crn_jax.workdir import files
 
 _LINE_SPACING = 1.35
+
+# Path of an image file, or an image [h, w, 3] uint8.
+Picture = str | os.PathLike | np.ndarray
 
 
 def font(size: int) -> ImageFont.FreeTypeFont:
@@ -70,10 +74,12 @@ def draw_lines(draw, origin, lines: Sequence[str], font, colour) -> None:
     draw.text((x, y + i * line_height(font)), line, fill=colour, font=font)
 
 
-def cell(path: str | os.PathLike, side: int, font) -> Image.Image:
+def cell(picture: Picture, side: int, font) -> Image.Image:
   """The image, as large as a side x side square allows, centred on a neutral background."""
   try:
-    image = _fit(Image.fromarray(images.decode(path)), side)  # As the model sees it.
+    # As the model sees it.
+    pixels = picture if isinstance(picture, np.ndarray) else images.decode(picture)
+    image = _fit(Image.fromarray(pixels), side)
   except (UserError, OSError):
     square = Image.new("RGB", (side, side), palette.UNREADABLE)
     draw = ImageDraw.Draw(square)

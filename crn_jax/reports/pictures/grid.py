@@ -30,20 +30,20 @@ class GridRow:
   """One query and what was retrieved for it.
 
   Attributes:
-    reference: path of the reference image.
+    reference: the reference image; None if the query has none.
     text: modification text.
-    top: (path, score) of the first images of the ranking, best first.
-    target: path of the target image.
+    top: (image, score) of the first images of the ranking, best first.
+    target: the target image; None if none is known.
     target_position: position of the target in `top`, 0-based; None if it is not there, in which
       case it is drawn on its own.
     rank: 0-based rank of the target (drawn as rank + 1); None if it is not ranked.
     also_right: positions in `top` of images that are right besides the target.
   """
 
-  reference: str | os.PathLike
+  reference: canvas.Picture | None
   text: str
-  top: tuple[tuple[str | os.PathLike, float], ...]
-  target: str | os.PathLike
+  top: tuple[tuple[canvas.Picture, float], ...]
+  target: canvas.Picture | None
   target_position: int | None
   rank: int | None
   also_right: tuple[int, ...] = ()
@@ -128,7 +128,7 @@ def _columns(rows: Sequence[GridRow]) -> _Columns:
   top = tuple(first + i * (CELL + _GAP) for i in range(max(len(row.top) for row in rows)))
   end = top[-1] + CELL if top else first
   missed = None
-  if any(row.target_position is None for row in rows):
+  if any(_is_missed(row) for row in rows):
     missed = end + _WIDE_GAP
     end = missed + CELL
   return _Columns(reference=_MARGIN, text=text, top=top, missed=missed, width=end + _MARGIN)
@@ -145,7 +145,8 @@ def _draw_header(draw, y: int, columns: _Columns, font) -> None:
 
 
 def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts: _Fonts) -> None:
-  sheet.paste(canvas.cell(row.reference, CELL, fonts.caption), (columns.reference, y))
+  if row.reference is not None:
+    sheet.paste(canvas.cell(row.reference, CELL, fonts.caption), (columns.reference, y))
   canvas.draw_lines(draw, (columns.text, y), lines, fonts.text, palette.INK)
   # A row may hold fewer images than the longest one.
   for position, (x, (path, score)) in enumerate(zip(columns.top, row.top, strict=False)):
@@ -159,11 +160,15 @@ def _draw_row(sheet, draw, y: int, row: GridRow, lines, columns: _Columns, fonts
       _draw_label(draw, x, y, f"{caption}   right", palette.BLUE, fonts.caption)
     else:
       _draw_caption(draw, x, y, caption, palette.INK, fonts.caption)
-  if row.target_position is None:
+  if _is_missed(row):
     sheet.paste(canvas.cell(row.target, CELL, fonts.caption), (columns.missed, y))
     rank = "not ranked" if row.rank is None else f"target: rank {row.rank + 1}"
     _draw_frame(draw, columns.missed, y, palette.VERMILLION, dashed=True)
     _draw_label(draw, columns.missed, y, rank, palette.VERMILLION, fonts.caption)
+
+
+def _is_missed(row: GridRow) -> bool:
+  return row.target is not None and row.target_position is None
 
 
 def _draw_frame(draw, x: int, y: int, colour, *, dashed: bool) -> None:

@@ -83,6 +83,21 @@ class TestFrames:
     assert right < picture.shape[1]
     assert where(picture, BLUE) is None
 
+  def test_without_a_known_target_nothing_is_framed(self, image, tmp_path):
+    row = grid_row(image(), target=None, target_position=None, rank=None)
+    picture = draw([row], tmp_path)
+    assert where(picture, BLUE) is None is where(picture, VERMILLION)
+    assert grid._columns([row]).missed is None
+    # A row beside it keeps its own.
+    both = draw([row, grid_row(image(), target_position=None)], tmp_path)
+    assert where(both, VERMILLION) is not None
+
+  def test_without_a_reference_its_cell_is_empty(self, image, tmp_path):
+    row = grid_row(image(), reference=None)
+    left = grid._columns([row]).reference
+    found = draw([row], tmp_path)[:, left : left + grid.CELL]
+    assert not (found == RED).all(axis=-1).any()
+
   def test_the_frame_covers_nothing_of_the_image(self, image, tmp_path):
     path = image()
     for position in (1, None):
@@ -111,6 +126,11 @@ class TestCells:
     cell = np.asarray(canvas.cell(image(size=size), grid.CELL, ImageFont.load_default(size=12)))
     assert cell.shape == (grid.CELL, grid.CELL, 3)
     assert (cell == RED).all()
+
+  def test_pixels_are_drawn_like_their_file(self, image):
+    path = image(size=(90, 40))
+    font = canvas.font(12)
+    assert canvas.cell(np.asarray(Image.open(path)), 50, font) == canvas.cell(path, 50, font)
 
   def test_the_aspect_ratio_is_kept(self, image):
     cell = np.asarray(
