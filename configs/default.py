@@ -48,7 +48,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # leaves out the triplets, queries and gallery images that they affect, and counts them.
   data.on_missing = "error"
   # The two captions of an entry: 'joined' to one text (as published), 'both_orders' (two texts),
-  # 'separate' (two texts of one caption). Texts of Shoes and Fashion200k are single captions.
+  # 'separate' (two texts of one caption), 'mixed' (one sentence: 'A and b' is asked; 'a and b', 'b
+  # and a', a or b is drawn for training). Texts of Shoes and Fashion200k are single captions.
   data.captions = "joined"
   # Shoes: 'released' lists most pairs twice, in training and evaluation, as the release and hence
   # the published numbers do; 'unique' lists every pair inside a split once.
@@ -56,6 +57,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   data.max_words = 32  # Texts are padded to this and cut beyond it, markers included.
   data.image_size = 224  # Side of the crop that the model sees, in pixels.
   data.resize = 256  # Short side before the crop, in pixels.
+  # Images with a larger ratio of their sides are padded with zeros to it first; None pads none.
+  data.max_ratio = config_dict.placeholder(float)
   data.augment = "random_crop_flip"  # Or 'none': the centre crop, as the release on Shoes.
   # Folder for images that --mode=prepare resizes once; training then reads those. '' decodes files.
   data.prepared = ""
@@ -108,7 +111,11 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 3e-5
-  optimizer.weight_decay = 1e-6  # Coupled: added to the gradient, as PyTorch's Adam does.
+  optimizer.algorithm = "adam"  # Or 'adamw'.
+  # 'adam': added to the gradient, as PyTorch's Adam does; 'adamw': to the update behind Adam.
+  optimizer.weight_decay = 1e-6
+  optimizer.betas = (0.9, 0.999)  # Of the moving averages of gradients and of their squares.
+  optimizer.epsilon = 1e-8  # Added to the root of the second.
   optimizer.schedule = "step"  # 'step' (published) or 'cosine' (to zero at the last step).
   # 'step' multiplies the rate by the factor at epochs 20, 40, ... below max_decay_epoch. The
   # published FashionIQ command sets 20, so that its rate never decays; the release's default, 40,

@@ -19,6 +19,7 @@ from crn_jax.input_pipeline.loader import AUGMENTATIONS
 from crn_jax.input_pipeline.readers import fashioniq, shoes
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
+from crn_jax.methods import optimizer
 from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
@@ -114,6 +115,7 @@ RULES: dict[str, Rule | Choice] = {
   "data.max_words": integer(3),  # Two markers and a word.
   "data.image_size": integer(1),
   "data.resize": integer(1),
+  "data.max_ratio": optional(number("of 1 or more", lambda x: x >= 1)),
   "data.augment": Choice(AUGMENTATIONS),
   "data.prepared": TEXT,
   "data.cache_images": TRUTH,
@@ -149,7 +151,10 @@ RULES: dict[str, Rule | Choice] = {
   "loss.modification": NOT_NEGATIVE,
   "loss.auxiliary": NOT_NEGATIVE,
   "optimizer.learning_rate": POSITIVE,
+  "optimizer.algorithm": Choice(optimizer.ALGORITHMS),
   "optimizer.weight_decay": NOT_NEGATIVE,
+  "optimizer.betas": several(SHARE, "two numbers of 0 or more, below 1", lambda x: len(x) == 2),
+  "optimizer.epsilon": POSITIVE,
   "optimizer.schedule": Choice(("step", "cosine")),
   "optimizer.decay_every_epochs": integer(1),
   "optimizer.decay_factor": POSITIVE,
@@ -204,6 +209,11 @@ def _crop(resize: int, image_size: int) -> str | None:
   return None if resize >= image_size else "a short side that the crop fits into"
 
 
+def _unprepared(prepared: str, max_ratio: float) -> str | None:
+  del max_ratio
+  return "'', as prepared images are not padded" if prepared else None
+
+
 def _patches(image_size: int, patch_size: int) -> str | None:
   return "a multiple of the patch size" if image_size % patch_size else None
 
@@ -239,6 +249,7 @@ def _losses(*weights: float) -> str | None:
 
 AGREEMENTS = (
   Agreement(("data.resize", "data.image_size"), _crop),
+  Agreement(("data.prepared", "data.max_ratio"), _unprepared),
   Agreement(("data.image_size", "model.backbone.patch_size"), _patches),
   Agreement(("model.backbone.depths", "model.backbone.num_heads"), _stages),
   Agreement(("model.backbone.embed_dim", "model.backbone.num_heads"), _heads),

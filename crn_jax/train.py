@@ -251,6 +251,7 @@ class Training:
       resize=data.resize,
       augmentation=data.augment,
       interpolation=self.method.preprocessing.interpolation,
+      max_ratio=data.max_ratio,
       seed=self.config.seed,
       start_step=start,
       num_steps=self.plan.total_steps,

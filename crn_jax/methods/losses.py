@@ -1,4 +1,4 @@
-"""Losses of CLVC-Net and CRN, per-device code.
+"""Losses of composed image retrieval, per-device code.
 
 Each function returns this device's share: the sum of the shares over the devices is the loss of
 the global batch, and the sum of their gradients is its gradient. In-batch negatives are gathered
@@ -70,6 +70,33 @@ def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
   """
   logits = logit_scale * cosine_logits(queries, targets, batch)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(queries))
+  return jnp.sum(losses) / batch.size(queries)
+
+
+def info_nce(
+  queries: jax.Array,
+  bank: jax.Array,
+  targets: jax.Array,
+  temperature: float,
+  n_images: int,
+  batch: Batch,
+) -> jax.Array:
+  """Each query picks its target among all images of a bank.
+
+  Args:
+    queries: [local batch, dim].
+    bank: [local rows, dim], the images' vectors spread over the devices in order.
+    targets: [local batch] int, row of each query's target in the whole bank.
+    temperature: divisor of the cosines.
+    n_images: rows of the whole bank that count; those beyond fill it up.
+    batch: layout over devices, of queries and bank.
+
+  Returns:
+    Share of the mean cross-entropy in nats.
+  """
+  logits = cosine_logits(queries, bank, batch) / temperature
+  logits = jnp.where(jnp.arange(logits.shape[1]) < n_images, logits, -jnp.inf)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.sum(losses) / batch.size(queries)
 
 

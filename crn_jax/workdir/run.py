@@ -33,6 +33,10 @@ _ADDED = {
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
   "model.remat": "none",
+  "data.max_ratio": None,
+  "optimizer.algorithm": "adam",
+  "optimizer.betas": [0.9, 0.999],
+  "optimizer.epsilon": 1e-8,
 }
 
 # What a run leaves in its folder.
