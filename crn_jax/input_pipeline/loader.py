@@ -124,7 +124,7 @@ def train_batches(
     ValueError: steps or processes that do not exist.
   """
   n = len(split.triplets)
-  local = _local_slice(batch_size, process_index, process_count)
+  local = local_slice(batch_size, process_index, process_count)
   per_epoch = steps_per_epoch(n, batch_size)
   images.check_sizes(resize, image_size)
   if augmentation not in AUGMENTATIONS:
@@ -230,7 +230,7 @@ def eval_image_batches(
     UserError: sizes that do not fit.
     ValueError: a process that does not exist.
   """
-  local = _local_slice(batch_size, process_index, process_count)
+  local = local_slice(batch_size, process_index, process_count)
   images.check_sizes(resize, image_size)
   n_batches = -(-len(paths) // batch_size)
   rows = np.full(n_batches * batch_size, _PADDING, np.int32)
@@ -289,7 +289,7 @@ def _import_tensorflow():
   return tf
 
 
-def _local_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+def local_slice(batch_size: int, process_index: int, process_count: int) -> slice:
   """The part of each global batch that belongs to a process."""
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: expected 0 .. {process_count - 1}, got {process_index}")

@@ -76,26 +76,26 @@ def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
 def info_nce(
   queries: jax.Array,
   bank: jax.Array,
+  counts: jax.Array,
   targets: jax.Array,
   temperature: float,
-  n_images: int,
   batch: Batch,
 ) -> jax.Array:
   """Each query picks its target among all images of a bank.
 
   Args:
     queries: [local batch, dim].
-    bank: [local rows, dim], the images' vectors spread over the devices in order.
-    targets: [local batch] int, row of each query's target in the whole bank.
+    bank: [images, dim], the same on all devices.
+    counts: [images] bool, False at rows that fill the bank up.
+    targets: [local batch] int, row of each query's target in the bank.
     temperature: divisor of the cosines.
-    n_images: rows of the whole bank that count; those beyond fill it up.
-    batch: layout over devices, of queries and bank.
+    batch: layout of the queries over devices.
 
   Returns:
     Share of the mean cross-entropy in nats.
   """
-  logits = cosine_logits(queries, bank, batch) / temperature
-  logits = jnp.where(jnp.arange(logits.shape[1]) < n_images, logits, -jnp.inf)
+  logits = normalize(queries) @ normalize(bank).T / temperature
+  logits = jnp.where(counts, logits, -jnp.inf)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.sum(losses) / batch.size(queries)
 
