@@ -68,14 +68,15 @@ def _run(mode: str) -> str:
   if config is None:
     of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
-  from crn_jax import configuration
+  from crn_jax import configuration, pretrained
 
   configuration.expand_paths(config)
+  pretrained.describe(config)
   if mode == "prepare":
     from crn_jax.input_pipeline import prepare
 
     configuration.check(config)
-    return prepare.prepare(config)
+    return prepare.prepare(config, functools.partial(pretrained.new_tokenizer, config))
   from crn_jax import compilation_cache
 
   compilation_cache.enable(_COMPILATION_CACHE.value)

@@ -99,6 +99,15 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # What a backbone's blocks keep for the gradient: 'none' is all that it needs; 'dots' the results
   # of linear layers; 'full' their inputs alone. The rest is computed again: less memory, more time.
   model.remat = "none"
+  # Description of a pair of towers, for methods that work on one: sizes, preprocessing. It is taken
+  # from the folder `model.pretrained` when a run begins.
+  model.encoder = ml_collections.ConfigDict()
+
+  config.zero_shot = zero_shot = ml_collections.ConfigDict()  # Of the method 'zero_shot'.
+  # A query is the 'sum' of its image's and its text's vector, their 'slerp' (the point on the arc
+  # between them), or one of the two alone, 'image' or 'text'.
+  zero_shot.query = "sum"
+  zero_shot.slerp_weight = 0.5  # Share of the text, from 0 (image) to 1 (text).
 
   config.loss = ml_collections.ConfigDict({  # Weights of the terms; 0 leaves the work out, too.
     'classification': 1.0,

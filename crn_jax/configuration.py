@@ -19,7 +19,7 @@ from crn_jax.input_pipeline.loader import AUGMENTATIONS
 from crn_jax.input_pipeline.readers import fashioniq, shoes
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
-from crn_jax.methods import optimizer
+from crn_jax.methods import optimizer, zero_shot
 from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
@@ -144,6 +144,8 @@ RULES: dict[str, Rule | Choice] = {
   "model.attention_temperature.global": POSITIVE,
   "model.dtype": Choice(("float32", "bfloat16")),
   "model.remat": Choice(remat.CHOICES),
+  "zero_shot.query": Choice(zero_shot.QUERIES),
+  "zero_shot.slerp_weight": number("from 0 to 1", lambda x: 0 <= x <= 1),
   "loss.classification": NOT_NEGATIVE,
   "loss.cross_branch": NOT_NEGATIVE,
   "loss.mutual_kl": NOT_NEGATIVE,
@@ -250,11 +252,15 @@ def _losses(*weights: float) -> str | None:
 AGREEMENTS = (
   Agreement(("data.resize", "data.image_size"), _crop),
   Agreement(("data.prepared", "data.max_ratio"), _unprepared),
+  Agreement(("eval.best_metric", "data.dataset"), _protocol),
+  Agreement(("eval.best_metric", "eval.recall_at"), _metric),
+)
+
+# Of methods with a backbone, not with towers.
+BACKBONE_AGREEMENTS = (
   Agreement(("data.image_size", "model.backbone.patch_size"), _patches),
   Agreement(("model.backbone.depths", "model.backbone.num_heads"), _stages),
   Agreement(("model.backbone.embed_dim", "model.backbone.num_heads"), _heads),
-  Agreement(("eval.best_metric", "data.dataset"), _protocol),
-  Agreement(("eval.best_metric", "eval.recall_at"), _metric),
 )
 
 # Of the method CRN; its Inception units want these multiples, see `InceptionUnit`.
@@ -315,7 +321,9 @@ def did_you_mean(name: str, known: Mapping[str, str]) -> str:
 
 
 def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator[str]:
-  for name in (name for name in fields if name not in RULES):
+  # The description of towers is checked by the module that they are.
+  known = {name for name in fields if name.startswith("model.encoder.")}.union(RULES)
+  for name in (name for name in fields if name not in known):
     yield f"{name} = {fields[name]!r}: no such field{did_you_mean(name, {n: n for n in RULES})}"
   valid = {}
   for name, rule in RULES.items():
@@ -328,10 +336,12 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
   for name, count in devices.items():
     if name in valid and valid[name] % count:
       yield f"{name} = {valid[name]}: expected a multiple of the number of devices, {count}"
-  if all(name in valid for name in RULES if name.startswith("model.")):
+  has_backbone = METHODS[fields["method"]].pretrained == "backbone" if "method" in valid else True
+  if has_backbone and all(name in valid for name in RULES if name.startswith("model.")):
     yield from _foreign_sizes(valid)
     valid |= _named_sizes(valid)
-  agreements = AGREEMENTS + (CRN_AGREEMENTS if fields.get("method") == "crn" else ())
+  agreements = AGREEMENTS + (BACKBONE_AGREEMENTS if has_backbone else ())
+  agreements += CRN_AGREEMENTS if fields.get("method") == "crn" else ()
   for agreement in agreements:
     values = [valid.get(name) for name in agreement.fields]
     if None not in values and (expected := agreement.wrong(*values)):

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 
 from crn_jax.input_pipeline.dataset import Dataset, EvalSplit
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports.cases import TOP, Cases
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary
 from crn_jax.retrieval import metrics, ranking
@@ -36,7 +36,7 @@ def evaluate(
   encoder: Encoder,
   variables,
   dataset: Dataset,
-  vocabulary: Vocabulary,
+  vocabulary: Tokenizer,
   checkpoint_step: int,
   selection: str,
 ) -> Evaluation:
@@ -48,7 +48,7 @@ def evaluate(
     dataset: what to evaluate on.
     vocabulary: of the run.
     checkpoint_step: training step of the variables, for the record.
-    selection: how the checkpoint was chosen, 'last' or 'best', for the record.
+    selection: how the checkpoint was chosen, see `Results`, for the record.
   """
   config = encoder.method.config
   encoded = {s.name: encoder.encode(variables, s, vocabulary) for s in dataset.evals}
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def cases(
-  encoder: Encoder, variables, vocabulary: Vocabulary, split: EvalSplit, evaluation: Evaluation
+  encoder: Encoder, variables, vocabulary: Tokenizer, split: EvalSplit, evaluation: Evaluation
 ) -> Cases:
   """What is shown of a split's queries: their first images, and where the model looks.
 

@@ -9,24 +9,29 @@ import numpy as np
 from crn_jax import initial_values
 from crn_jax.errors import UserError
 from crn_jax.methods.base import Method, TrainState, Variables
+from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import registry, stacking
+from crn_jax.models.dual_encoder import DualEncoderConfig
 from crn_jax.workdir import weights
 
 
 def initial(method: Method, tx) -> TrainState:
   """The state before the first update: random values from `config.seed`.
 
-  Backbones start from `config.model.pretrained`, if it is set; see `check_pretrained` for what is
-  raised.
+  Backbones, or towers, start from `config.model.pretrained`, if it is set; see `check_pretrained`
+  for what is raised.
   """
+  return of_variables(method, tx, initial_variables(method))
+
+
+def initial_variables(method: Method) -> Variables:
+  """What a state begins with, see `initial`."""
   key, folder = jax.random.key(method.config.seed), method.config.model.pretrained
-  if folder:
-    check_pretrained(method.config)
-    variables = initial_values.draw(method.init, key, without=("backbone",))
-    variables = with_pretrained(variables, folder)
-  else:
-    variables = initial_values.draw(method.init, key)
-  return of_variables(method, tx, variables)
+  if not folder:
+    return initial_values.draw(method.init, key)
+  check_pretrained(method.config)
+  variables = initial_values.draw(method.init, key, without=(method.pretrained,))
+  return with_pretrained(variables, folder, method.pretrained)
 
 
 def of_variables(method: Method, tx, variables: Variables) -> TrainState:
@@ -41,17 +46,17 @@ def abstract(method: Method) -> TrainState:
   return jax.eval_shape(lambda: of_variables(method, tx, method.init(jax.random.key(0))))
 
 
-def with_pretrained(variables: Variables, folder: str) -> Variables:
-  """Variables with the backbone of every part from a folder of converted weights.
+def with_pretrained(variables: Variables, folder: str, name: str = "backbone") -> Variables:
+  """Variables with the module `name` of every part from a folder of converted weights.
 
-  Only the shapes of the backbones that are there matter.
+  Only the shapes of the modules that are there matter.
   """
   for part in variables["params"]:
-    own = {c: tree[part] for c, tree in variables.items() if "backbone" in tree[part]}
+    own = {c: tree[part] for c, tree in variables.items() if name in tree[part]}
     if own:
-      loaded = weights.load_backbone(folder, {c: tree["backbone"] for c, tree in own.items()})
+      loaded = weights.load_backbone(folder, {c: tree[name] for c, tree in own.items()})
       for collection, tree in own.items():
-        tree["backbone"] = loaded[collection]
+        tree[name] = loaded[collection]
   return variables
 
 
@@ -63,6 +68,9 @@ def check_pretrained(config: ml_collections.ConfigDict) -> None:
       backbone, or of other pictures, than `config.model.backbone`.
   """
   path = config.model.pretrained
+  if METHODS[config.method].pretrained == "encoder":
+    _check_towers(config)
+    return
   if not path:
     return
   if not pathlib.Path(path).exists():
@@ -74,6 +82,11 @@ def check_pretrained(config: ml_collections.ConfigDict) -> None:
     )
   metadata = weights.read_metadata(path)
   found = metadata["architecture"]
+  if found["module"] == "DualEncoder":
+    raise UserError(
+      f"{path}: holds a pair of towers, image and text; the method {config.method!r} wants a "
+      f"backbone. See docs/encoders.md for what is done with towers"
+    )
   module = registry.create(config.model.backbone)
   wanted = {key: getattr(module, key, None) for key in found if key != "module"}
   wanted["module"] = type(module).__name__
@@ -96,6 +109,19 @@ def check_pretrained(config: ml_collections.ConfigDict) -> None:
         f"{path}: trained on pictures normalised with {key} {value}, not with "
         f"{getattr(ours, key)}: give --config.model.backbone.{key}='{value}'"
       )
+
+
+def _check_towers(config: ml_collections.ConfigDict) -> None:
+  """Raises UserError unless the folder of weights holds the towers that are described."""
+  path = config.model.pretrained
+  found = dict(weights.read_metadata(path)["architecture"])
+  module = found.pop("module")
+  described = DualEncoderConfig.from_dict(config.model.encoder.to_dict())
+  if module != "DualEncoder" or DualEncoderConfig.from_dict(found) != described:
+    raise UserError(
+      f"{path}: holds other weights than the towers of this configuration (model.encoder); name "
+      f"their folder with model.pretrained, or begin with a configuration file"
+    )
 
 
 def _plain(value):

@@ -10,7 +10,7 @@ import jax
 import ml_collections
 import optax
 
-from crn_jax import configuration, evaluate, state, training_step
+from crn_jax import configuration, evaluate, pretrained, state, training_step
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
@@ -18,7 +18,8 @@ from crn_jax.input_pipeline.checks import missing
 from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.input_pipeline.registry import open_dataset
 from crn_jax.input_pipeline.remarks import remarks
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers import base as tokenizers
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
 from crn_jax.parallel import AXIS, DataParallel
@@ -91,7 +92,7 @@ class Training:
   resumes: bool
   parallel: DataParallel
   dataset: Dataset
-  vocabulary: Vocabulary
+  vocabulary: Tokenizer
   method: Method
   tx: optax.GradientTransformation
   encoder: Encoder
@@ -109,6 +110,10 @@ class Training:
     n_devices = jax.device_count()
     configuration.check(config, train_devices=n_devices, eval_devices=n_devices)
     run.check_folder(workdir)
+    if not registry.METHODS[config.method].trains:
+      raise UserError(
+        f"method {config.method!r}: there is nothing to train; evaluate it with --mode=eval"
+      )
     parallel = DataParallel.create(config.parallel.mode)
     resumes = bool(checkpoint.steps(workdir / "checkpoints")) and not overwrite
     if resumes:
@@ -119,11 +124,9 @@ class Training:
     dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
     if resumes:  # A converted model has other words than the data.
       run.check_data(dataset.fingerprint, workdir)
-      vocabulary = Vocabulary.load(workdir / "vocab.json")
+      vocabulary = tokenizers.load(workdir / "vocab.json")
     else:
-      vocabulary = Vocabulary.build(
-        dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
-      )
+      vocabulary = pretrained.new_tokenizer(config, dataset.train.captions)
     plan = Plan.create(config, len(dataset.train.triplets))
     method = registry.create(config, len(vocabulary), AXIS)
     tx = method.optimizer(plan.steps_per_epoch, plan.total_steps)
@@ -281,7 +284,8 @@ class Training:
     if self.resumes:
       return f"the last checkpoint in {self.workdir / 'checkpoints'}"
     if self.config.model.pretrained:
-      return f"backbones from {self.config.model.pretrained} (model.pretrained), the rest random"
+      what = {"backbone": "backbones", "encoder": "towers"}[self.method.pretrained]
+      return f"{what} from {self.config.model.pretrained} (model.pretrained), the rest random"
     return "random"
 
 
@@ -318,13 +322,13 @@ class Plan:
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
-  """Evaluates a trained run; nothing is rebuilt from the training data.
+  """Evaluates a trained run, or a method that is not trained.
 
-  A training may go on in the folder meanwhile.
+  Nothing is rebuilt from the training data, and a training may go on in the folder meanwhile.
 
   Args:
     config: of the run; the fields in `run.FREE_FIELDS` may differ.
-    workdir: of the run.
+    workdir: of the run; of a method that is not trained, a folder for the results.
     which: 'best' or 'last' checkpoint.
 
   Returns:
@@ -335,10 +339,12 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   """
   workdir = pathlib.Path(workdir)
   configuration.check(config, eval_devices=jax.device_count())
+  if not registry.METHODS[config.method].trains:
+    return _evaluate_untrained(config, workdir)
   run.check_trained(workdir)
   run.check_config(config, workdir, free=run.FREE_FIELDS)
   parallel = DataParallel.create(config.parallel.mode)
-  vocabulary = Vocabulary.load(workdir / "vocab.json")
+  vocabulary = tokenizers.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = Encoder.create(method, parallel)
@@ -371,6 +377,29 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     beside=tuple(other.results for other in evaluations.values()),
   )
   evaluation = dataclasses.replace(evaluation, results=results)
+  return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
+
+
+def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
+  """Evaluates a method on its pretrained weights alone; the folder gets the results only.
+
+  Raises:
+    UserError: see `evaluate_run`; or there are no weights, or a trained run is in the folder.
+  """
+  run.check_folder(workdir)
+  if checkpoint.steps(workdir / "checkpoints"):
+    raise UserError(f"{workdir}: holds a trained run; choose another --workdir for {config.method}")
+  parallel = DataParallel.create(config.parallel.mode)
+  vocabulary = pretrained.new_tokenizer(config, captions=())
+  method = registry.create(config, len(vocabulary), AXIS)
+  state.check_pretrained(config)  # Before data are read.
+  dataset = open_dataset(config.data, train=False)
+  print("\n".join(remarks(dataset, vocabulary, config.seed)), end="")
+  encoder = Encoder.create(method, parallel)
+  variables = parallel.replicate(state.initial_variables(method))
+  evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, 0, "untrained")
+  workdir.mkdir(parents=True, exist_ok=True)
+  run.save_config(config, workdir)
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from crn_jax.convert import huggingface, timm, torchvision
+from crn_jax.convert import dual_encoder, huggingface, timm, torchvision
 from crn_jax.errors import UserError
 
 Tensors = Mapping[str, np.ndarray]
@@ -37,6 +37,30 @@ _SWIN = r"layers\.\d+\.blocks\.\d+\.(attn|norm1|mlp)\..*"
 
 # The first whose required names are all there.
 KINDS = (
+  Kind(
+    "CLIP, names of transformers (Hugging Face); BGE-VL, too",
+    (
+      r"vision_model\.embeddings\.class_embedding",
+      r"vision_model\.encoder\.layers\.0\..*",
+      r"text_model\.encoder\.layers\.0\..*",
+    ),
+    dual_encoder.LEFT_OUT,
+    dict,
+    dual_encoder.MODULE,
+    dual_encoder.load,
+  ),
+  Kind(
+    "SigLIP or SigLIP 2, names of transformers (Hugging Face)",
+    (
+      r"vision_model\.head\.probe",
+      r"vision_model\.encoder\.layers\.0\..*",
+      r"text_model\.encoder\.layers\.0\..*",
+    ),
+    dual_encoder.LEFT_OUT,
+    dict,
+    dual_encoder.MODULE,
+    dual_encoder.load,
+  ),
   Kind(
     "Swin Transformer, names of transformers (Hugging Face)",
     (
@@ -84,6 +108,20 @@ _LOOKALIKES = (
 )
 # Other models, so that a refusal can say what it is.
 _UNSUPPORTED = (
+  (
+    "an image tower without its text tower; give the folder of the whole model",
+    (
+      r"(.*\.)?(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",
+      r"(.*\.)?embeddings\.patch_embedding\.weight",
+    ),
+  ),
+  (
+    "a text tower without its image tower; give the folder of the whole model",
+    (
+      r"(.*\.)?(text_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",
+      r"(.*\.)?embeddings\.token_embedding\.weight",
+    ),
+  ),
   ("a Vision Transformer (ViT)", (r"(.*\.)?cls_token", r".*patch_embed.*|.*embeddings.*")),
   ("a ResNet without bottlenecks", (r"(.*\.)?layer1\.0\.conv1\.weight",)),
 )
@@ -92,6 +130,10 @@ _CLASSIFIER = re.compile(r"(.*\.)?(head|classifier|fc)\..*")
 
 def recognise(names: Iterable[str], source: str) -> tuple[Kind, str]:
   """The kind of weights, and what stands before all its names, e.g. 'module.' of DataParallel.
+
+  Args:
+    names: of the tensors.
+    source: file that they come from, for messages.
 
   Raises:
     UserError: if it is none of `KINDS`, or several models; says what it looks like.

@@ -17,7 +17,7 @@ import numpy as np
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import AUGMENT, ORDER, ImageStore, TrainSplit
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 
 AUGMENTATIONS = ("random_crop_flip", "none")
 
@@ -76,7 +76,7 @@ def augment(image: np.ndarray, draws: np.ndarray, size: int) -> np.ndarray:
 
 def train_batches(
   split: TrainSplit,
-  vocabulary: Vocabulary,
+  vocabulary: Tokenizer,
   *,
   batch_size: int,
   image_size: int,

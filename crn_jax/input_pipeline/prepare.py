@@ -1,5 +1,8 @@
 """--mode=prepare: checks a data folder before training does, and says what is in it."""
 
+import functools
+from collections.abc import Callable, Iterable
+
 import ml_collections
 
 from crn_jax.errors import UserError
@@ -8,14 +11,19 @@ from crn_jax.input_pipeline.checks import missing
 from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.input_pipeline.registry import DATASETS, open_dataset
 from crn_jax.input_pipeline.remarks import remarks
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
 
-def prepare(config: ml_collections.ConfigDict) -> str:
+def prepare(
+  config: ml_collections.ConfigDict,
+  tokenizer: Callable[[Iterable[str]], Tokenizer] | None = None,
+) -> str:
   """Reads all that training and evaluation read, decodes every image, and writes `data.prepared`.
 
   Args:
     config: the whole configuration.
+    tokenizer: training captions -> the tokenizer that reads the texts; None collects their words.
 
   Returns:
     The report, for people to read.
@@ -27,10 +35,11 @@ def prepare(config: ml_collections.ConfigDict) -> str:
   plain = config.data.copy_and_resolve_references()
   plain.prepared = ""
   dataset = open_dataset(plain, train=True)
-  vocabulary = Vocabulary.build(
-    dataset.train.captions, markers=config.data.markers, max_words=config.data.max_words
+  captions, data = dataset.train.captions, config.data
+  words = tokenizer or functools.partial(
+    Vocabulary.build, markers=data.markers, max_words=data.max_words
   )
-  text = report(dataset, vocabulary, config.seed, config.batch_size)
+  text = report(dataset, words(captions), config.seed, config.batch_size)
   if not config.data.prepared:
     return text
   splits = (dataset.train, *dataset.evals)
@@ -39,7 +48,7 @@ def prepare(config: ml_collections.ConfigDict) -> str:
   return f"{text}\n{prepared.prepare(spec, config.data, tuple(paths))}"
 
 
-def report(dataset: Dataset, vocabulary: Vocabulary, seed: int, batch_size: int) -> str:
+def report(dataset: Dataset, vocabulary: Tokenizer, seed: int, batch_size: int) -> str:
   """What a data set holds, and what is odd about it.
 
   Args:

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from crn_jax.input_pipeline.dataset import Dataset
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary, tokenize
 
 
-def remarks(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> tuple[str, ...]:
+def remarks(dataset: Dataset, vocabulary: Tokenizer, seed: int) -> tuple[str, ...]:
   """What `--mode=prepare` remarks and training can print, one remark a line.
 
   Args:
@@ -31,13 +32,15 @@ def remarks(dataset: Dataset, vocabulary: Vocabulary, seed: int) -> tuple[str, .
   return (*lines, *dataset.remarks)
 
 
-def _of_texts(name: str, texts: Sequence[Sequence[str]], vocabulary: Vocabulary) -> list[str]:
+def _of_texts(name: str, texts: Sequence[Sequence[str]], vocabulary: Tokenizer) -> list[str]:
   lines = []
   if n_cut := vocabulary.truncated_count(texts):
     lines.append(
       f"{name}: {n_cut:,} of {len(texts):,} texts are longer than data.max_words = "
       f"{vocabulary.max_words} and are cut"
     )
+  if not isinstance(vocabulary, Vocabulary):  # Others read every letter.
+    return lines
   if n_empty := sum(not any(tokenize(caption) for caption in text) for text in texts):
     lines.append(
       f"{name}: {n_empty:,} of {len(texts):,} texts have no word (words are made of the letters a "

@@ -90,6 +90,9 @@ class Method(abc.ABC):
     vocab_size: number of word ids.
     axis_name: mapped axis over which the batch is split, or None.
     parts: names of the parts.
+    trains: whether there is something to train; if not, `update` is never called.
+    pretrained: name of the module, in the parameters of a part, that `model.pretrained` is put
+      into: 'backbone', or 'encoder', a pair of towers with a tokenizer of its own.
     attention_notes: part with attention -> what its weights sum to one over, "words" or
       "positions", and what it says, in a sentence.
   """
@@ -98,6 +101,8 @@ class Method(abc.ABC):
   vocab_size: int
   axis_name: str | None = None
   parts: ClassVar[tuple[str, ...]]
+  trains: ClassVar[bool] = True
+  pretrained: ClassVar[str] = "backbone"
   attention_notes: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
   @property

@@ -3,11 +3,11 @@
 import ml_collections
 
 from crn_jax.errors import UserError
-from crn_jax.methods import crn
+from crn_jax.methods import crn, zero_shot
 from crn_jax.methods.base import Method
-from crn_jax.models.backbones import registry as backbones
+from crn_jax.models.backbones.registry import check_prepared
 
-METHODS: dict[str, type[Method]] = {"crn": crn.CRN}
+METHODS: dict[str, type[Method]] = {"crn": crn.CRN, "zero_shot": zero_shot.ZeroShot}
 
 
 def create(
@@ -25,5 +25,6 @@ def create(
   """
   if config.method not in METHODS:
     raise UserError(f"method: unknown {config.method!r}; choose one of {', '.join(METHODS)}")
-  backbones.check_prepared(config)
-  return METHODS[config.method](config, vocab_size, axis_name)
+  method = METHODS[config.method](config, vocab_size, axis_name)
+  check_prepared(config.data.prepared, method.preprocessing)
+  return method

@@ -233,7 +233,7 @@ def draw(runs: Sequence[Run], path: str | os.PathLike) -> None:
 
 def _choices(results: Results) -> list[str]:
   """All that the evaluated checkpoint is: the last one, the best one, or both."""
-  words = {"last": "last", "best": f"best by {results.best_metric}"}
+  words = {"last": "last", "best": f"best by {results.best_metric}", "untrained": "untrained"}
   return [words[name] for name in (results.selection, results.also) if name]
 
 

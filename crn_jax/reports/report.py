@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports import cases, page, tables
 from crn_jax.reports.cases import Cases
 from crn_jax.reports.pictures import attention, curves, grid
@@ -37,7 +37,7 @@ def write(
   results: Results,
   ranks: Mapping[str, Mapping[str, Mapping[str, np.ndarray]]],
   shown: Sequence[Cases],
-  vocabulary: Vocabulary,
+  vocabulary: Tokenizer,
 ) -> list[pathlib.Path]:
   """Writes eval.json, the pictures and report.html, and removes pictures of an earlier evaluation.
 

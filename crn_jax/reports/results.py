@@ -74,7 +74,7 @@ class Results:
   Attributes:
     dataset: e.g. "fashioniq/dress".
     checkpoint_step: training step of what was evaluated.
-    selection: how the checkpoint was chosen, "last" or "best".
+    selection: how the checkpoint was chosen, "last" or "best"; "untrained" if there is none.
     captions: how the captions of a query are used; "single" if there is nothing to join.
     exclude_reference: whether a query's own reference image is not ranked.
     best_metric: that by which the best checkpoint is chosen, e.g. "val_split/R@10".
@@ -124,6 +124,8 @@ class Results:
 
   def describe_selection(self) -> str:
     """How the evaluated checkpoint was chosen, in words."""
+    if self.selection == "untrained":
+      return "the pretrained weights, without any training"
     step, chosen = self.checkpoint_step, f"by {self.best_metric} on these queries"
     if self.selection == "best":
       also = ", which is the last one, too" if self.also else ""

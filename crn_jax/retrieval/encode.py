@@ -16,7 +16,7 @@ import tqdm
 
 from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods.base import Method, QueryVectors
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
 from crn_jax.retrieval import ranking
@@ -89,7 +89,7 @@ class Encoder:
       parallel.map(compose, REPLICATED),
     )
 
-  def encode(self, variables, split: EvalSplit, vocabulary: Vocabulary) -> Encoded:
+  def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
     """Encodes a split.
 
     Args:
@@ -133,7 +133,7 @@ class Encoder:
     return Encoded(vectors, composed, text_only)
 
   def attention(
-    self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Vocabulary
+    self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Tokenizer
   ) -> dict[str, np.ndarray]:
     """Attention of chosen queries, by the programs of `encode`: nothing more is compiled.
 

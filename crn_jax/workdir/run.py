@@ -37,11 +37,13 @@ _ADDED = {
   "optimizer.algorithm": "adam",
   "optimizer.betas": [0.9, 0.999],
   "optimizer.epsilon": 1e-8,
+  "zero_shot.query": "sum",
+  "zero_shot.slerp_weight": 0.5,
 }
 
 # What a run leaves in its folder.
-_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "data.json", "metrics.jsonl",
-            "events.out.tfevents.*", "eval.json", "report.html", "pictures",
+_WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
+            "metrics.jsonl", "events.out.tfevents.*", "eval.json", "report.html", "pictures",
             "plugins")  # fmt: skip
 
 

@@ -4,8 +4,12 @@ Each is an Orbax checkpoint of a backbone's variables, with metadata about where
 what they fit.
 """
 
+import math
 import os
 import pathlib
+import shutil
+import types
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,6 +20,7 @@ from crn_jax.errors import UserError
 from crn_jax.workdir import files
 
 _TABLE = "relative_position_bias_table"
+_POSITIONS = "position_embedding"
 
 
 def read_metadata(path: str | os.PathLike) -> dict:
@@ -36,7 +41,12 @@ def read_metadata(path: str | os.PathLike) -> dict:
 
 
 def save_backbone(
-  variables: dict, metadata: dict, path: str | os.PathLike, *, force: bool = False
+  variables: dict,
+  metadata: dict,
+  path: str | os.PathLike,
+  *,
+  force: bool = False,
+  beside: Mapping[str, pathlib.Path] = types.MappingProxyType({}),
 ) -> None:
   """Writes backbone variables as an Orbax checkpoint; the folder appears complete or not at all.
 
@@ -46,6 +56,7 @@ def save_backbone(
       backbone as 'module', and its arguments.
     path: folder to write.
     force: whether a folder that is there may be replaced.
+    beside: name in the folder -> file to copy there, e.g. those of a tokenizer.
 
   Raises:
     UserError: if the path exists and `force` is not given.
@@ -62,12 +73,16 @@ def save_backbone(
     checkpointer.save(
       partial, ocp.args.PyTreeSave(variables), custom_metadata={"backbone": metadata}
     )
+    for name, file in beside.items():
+      (partial / name).parent.mkdir(exist_ok=True)
+      shutil.copyfile(file, partial / name)
 
 
 def load_backbone(path: str | os.PathLike, like: dict) -> dict:
   """Reads backbone variables written by `save_backbone`.
 
-  Relative position tables of another window are interpolated.
+  Relative position tables of another window are interpolated, and so are position tables of image
+  towers for pictures of another size.
 
   Args:
     path: the folder.
@@ -86,6 +101,8 @@ def load_backbone(path: str | os.PathLike, like: dict) -> dict:
   for name, shape in expected.items():
     if name[-1] == _TABLE and name in loaded and loaded[name].shape != shape:
       loaded[name] = resize_table(loaded[name], shape)
+    if name[-1] == _POSITIONS and name[1:2] == ("image",) and name in loaded:
+      loaded[name] = resize_positions(loaded[name], shape)
   found = {k: v.shape for k, v in loaded.items()}
   if found != expected:
     differences = [
@@ -125,6 +142,50 @@ def resize_table(table: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
   return (
     np.einsum("yi,xj,ijh->yxh", along, along, grid).reshape(-1, table.shape[1]).astype(table.dtype)
   )
+
+
+def resize_positions(table: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+  """A position table for another grid of patches, bicubic as PyTorch interpolates it.
+
+  A class token's row, the first, stays as it is. PyTorch's kernel has a = -0.75 and is not widened
+  where the grid shrinks; JAX's has a = -0.5 and is, which gives other tables altogether.
+
+  Args:
+    table: [class tokens + n * n, width].
+    shape: [class tokens + m * m, width] of the result.
+
+  Returns:
+    The table; unchanged if the grids are not square.
+  """
+  rows, wanted = table.shape[0], shape[0]
+  first = next((c for c in (0, 1) if _is_square(rows - c) and _is_square(wanted - c)), None)
+  if first is None or rows == wanted:
+    return table
+  old, new = math.isqrt(rows - first), math.isqrt(wanted - first)
+  along = bicubic_weights(old, new)
+  grid = table[first:].reshape(old, old, -1).astype(np.float64)
+  resized = np.einsum("yi,xj,ijc->yxc", along, along, grid).reshape(new * new, -1)
+  return np.concatenate([table[:first], resized.astype(table.dtype)])
+
+
+def bicubic_weights(old: int, new: int) -> np.ndarray:
+  """[new, old] weights of PyTorch's bicubic interpolation, `align_corners=False`, no antialias."""
+  a = -0.75
+  at = (np.arange(new) + 0.5) * old / new - 0.5
+  weights = np.zeros((new, old))
+  for offset in (-1, 0, 1, 2):
+    source = np.floor(at) + offset
+    t = np.abs(at - source)
+    near = ((a + 2) * t - (a + 3)) * t * t + 1
+    far = ((a * t - 5 * a) * t + 8 * a) * t - 4 * a
+    # Beyond the border its value goes on.
+    column = np.clip(source, 0, old - 1).astype(int)
+    np.add.at(weights, (np.arange(new), column), np.where(t <= 1, near, far))
+  return weights
+
+
+def _is_square(n: int) -> bool:
+  return n > 0 and math.isqrt(n) ** 2 == n
 
 
 def _knots(n: int, reach: int) -> np.ndarray:

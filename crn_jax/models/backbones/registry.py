@@ -70,17 +70,17 @@ def create(
   return named.module(**(named.sizes | changed), dtype=dtype, axis_name=axis_name, remat=remat)
 
 
-def check_prepared(config: ml_collections.ConfigDict) -> None:
-  """Raises UserError if prepared images are not resized as the backbone wants it.
+def check_prepared(folder: str, wanted: Preprocessing) -> None:
+  """Raises UserError if prepared images are not resized as the model wants it.
 
   Args:
-    config: the whole configuration.
+    folder: of prepared images, `data.prepared`; '' if there are none.
+    wanted: by the model.
   """
-  wanted = preprocessing(config.model.backbone).interpolation
-  if config.data.prepared and wanted != IMAGENET.interpolation:
+  if folder and wanted.interpolation != IMAGENET.interpolation:
     raise UserError(
-      f"data.prepared: prepared images are resized {IMAGENET.interpolation}, "
-      f"model.backbone.interpolation is {wanted!r}: set data.prepared to ''"
+      f"data.prepared: prepared images are resized {IMAGENET.interpolation}, this model wants "
+      f"{wanted.interpolation}: set data.prepared to ''"
     )
 
 

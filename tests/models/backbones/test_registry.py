@@ -1,5 +1,7 @@
 """What a backbone's name stands for, and how its pictures are prepared."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -40,8 +42,8 @@ def test_values_that_are_none_are_refused_by_field(fields, message):
 
 
 def test_prepared_images_of_another_interpolation_are_refused():
-  c = config(interpolation="bicubic")
-  registry.check_prepared(c)
-  c.data.prepared = "prepared"
+  wanted = dataclasses.replace(IMAGENET, interpolation="bicubic")
+  registry.check_prepared("", wanted)
+  registry.check_prepared("prepared", IMAGENET)
   with pytest.raises(UserError, match="prepared images are resized bilinear"):
-    registry.check_prepared(c)
+    registry.check_prepared("prepared", wanted)
