@@ -45,7 +45,7 @@ def measured(config, steps: int) -> dict:
   parallel = DataParallel.create("shard_map", [measure.device()])
   method = registry.create(config, plan.VOCABULARY, AXIS)
   tx = method.optimizer(steps_per_epoch=1_000, total_steps=1_000_000)
-  current = parallel.replicate(state.initial(method, tx))
+  current = parallel.replicate(state.initial(method, tx, config.model.pretrained))
   jax.block_until_ready(current)
   initialised = time.perf_counter()
   batch = parallel.shard(made_up_batch(config))

@@ -20,14 +20,14 @@ from crn_jax.input_pipeline.readers import fashioniq, shoes
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
 from crn_jax.methods import optimizer, zero_shot
-from crn_jax.methods.registry import METHODS
+from crn_jax.methods.registry import METHODS, uses_features
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
 from crn_jax.models.preprocessing import INTERPOLATIONS
 from crn_jax.workdir import run
 
 # Fields whose leading ~ stands for the home folder; the shell leaves it in --config.data.root=~/x.
-PATHS = ("data.root", "data.prepared", "model.pretrained")
+PATHS = ("data.root", "data.prepared", "data.features", "model.pretrained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,7 @@ RULES: dict[str, Rule | Choice] = {
   "data.max_ratio": optional(number("of 1 or more", lambda x: x >= 1)),
   "data.augment": Choice(AUGMENTATIONS),
   "data.prepared": TEXT,
+  "data.features": NAME,
   "data.cache_images": TRUTH,
   "data.markers": Choice(MARKERS),
   "model.backbone.name": Choice(BACKBONES),
@@ -166,6 +167,11 @@ RULES: dict[str, Rule | Choice] = {
   "optimizer.logit_scale_rate": NOT_NEGATIVE,
   "optimizer.backbone_rate": NOT_NEGATIVE,
   "optimizer.ema_decay": SHARE,
+  "clip4cir.dropout": SHARE,
+  "bank.temperature": POSITIVE,
+  "finetune.num_epochs": integer(0),
+  "finetune.batch_size": integer(1),
+  "finetune.evaluate_every_epochs": integer(1),
   "parallel.mode": Choice(("shard_map", "pmap")),
   "eval.batch_size": integer(1),
   "eval.every_epochs": integer(1),
@@ -187,6 +193,8 @@ RULES: dict[str, Rule | Choice] = {
     lambda x: not x or (len(x) == 2 and x[0] <= x[1]),
   ),
 }
+
+RULES |= {f"finetune.{name}": r for name, r in RULES.items() if name.startswith("optimizer.")}
 
 
 def protocols(dataset: str) -> tuple[str, ...]:
@@ -231,6 +239,12 @@ def _heads(embed_dim: int, num_heads: tuple) -> str | None:
   return None
 
 
+def _towers(pretrained: str, epochs: int) -> str | None:
+  if pretrained or epochs:
+    return None
+  return "the folder of pretrained towers, or epochs to train them from random values"
+
+
 def _protocol(best_metric: str, dataset: str) -> str | None:
   known = protocols(dataset)
   if best_metric.partition("/")[0] in known:
@@ -262,6 +276,9 @@ BACKBONE_AGREEMENTS = (
   Agreement(("model.backbone.depths", "model.backbone.num_heads"), _stages),
   Agreement(("model.backbone.embed_dim", "model.backbone.num_heads"), _heads),
 )
+
+# Of methods on features of frozen towers.
+FEATURE_AGREEMENTS = (Agreement(("model.pretrained", "finetune.num_epochs"), _towers),)
 
 # Of the method CRN; its Inception units want these multiples, see `InceptionUnit`.
 CRN_AGREEMENTS = (
@@ -342,6 +359,7 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
     valid |= _named_sizes(valid)
   agreements = AGREEMENTS + (BACKBONE_AGREEMENTS if has_backbone else ())
   agreements += CRN_AGREEMENTS if fields.get("method") == "crn" else ()
+  agreements += FEATURE_AGREEMENTS if "method" in valid and uses_features(valid["method"]) else ()
   for agreement in agreements:
     values = [valid.get(name) for name in agreement.fields]
     if None not in values and (expected := agreement.wrong(*values)):

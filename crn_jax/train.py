@@ -10,10 +10,10 @@ import jax
 import ml_collections
 import optax
 
-from crn_jax import configuration, evaluate, pretrained, state, training_step
+from crn_jax import configuration, evaluate, pretrained, stages, state, training_step
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import feature_batches, loader
 from crn_jax.input_pipeline.checks import missing
 from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.input_pipeline.registry import open_dataset
@@ -22,10 +22,13 @@ from crn_jax.input_pipeline.tokenizers import base as tokenizers
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
+from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
+from crn_jax.retrieval import features
 from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.features import FeatureEncoder, Features
 from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 from crn_jax.workdir.interrupt import Interrupted, Interruption
@@ -38,6 +41,8 @@ def train(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, overwrite: bool = False
 ) -> str:
   """Trains in `workdir`, continuing from its last checkpoint if there is one, and evaluates.
+
+  A training that comes before it (`stages`) is done first, or continued, in a folder inside.
 
   Args:
     config: see `configs/default.py`.
@@ -54,23 +59,23 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   training = Training.prepare(config, workdir, overwrite=overwrite)
-  print(training.describe())
+  first = stages.fine_tuning(config)
+  before = first and Training.prepare(
+    first, workdir / stages.FOLDER, overwrite=overwrite, dataset=training.dataset
+  )
   workdir.mkdir(parents=True, exist_ok=True)
   with lock(workdir):
     if overwrite:
       run.remove(workdir)
     training.save_facts()
-    try:
-      return training.run()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      raise UserError(
-        f"out of memory on {training.parallel.devices[0].device_kind}: "
-        f"{str(error).splitlines()[0]}\nA lower batch_size or data.image_size, "
-        f"model.dtype=bfloat16 or a smaller backbone needs less; as long as {workdir} holds no "
-        f"checkpoint any of them may be changed there"
-      ) from error
+    weights_folder = pathlib.Path(stages.towers(config, workdir))
+    if before is not None and not weights_folder.exists():
+      before.workdir.mkdir(exist_ok=True)
+      with lock(before.workdir):
+        before.save_facts()
+        print(before.run())
+        before.export_towers(weights_folder)
+    return training.run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Training:
     resumes: whether it continues from a checkpoint.
     parallel: layout over devices.
     dataset, vocabulary: what it trains on.
-    method, tx, encoder: what is trained, by which optimizer, and how it is evaluated.
+    method, tx: what is trained, and by which optimizer.
     plan: what is due at which step.
   """
 
@@ -95,14 +100,22 @@ class Training:
   vocabulary: Tokenizer
   method: Method
   tx: optax.GradientTransformation
-  encoder: Encoder
   plan: "Plan"
 
   @classmethod
   def prepare(
-    cls, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
+    cls,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    overwrite: bool,
+    dataset: Dataset | None = None,
   ) -> "Training":
     """Checks everything that can be checked before the first step; writes nothing.
+
+    Args:
+      config, workdir, overwrite: see `train`.
+      dataset: if it was opened already.
 
     Raises:
       UserError: see `train`.
@@ -121,7 +134,8 @@ class Training:
     else:
       state.check_pretrained(config)
     registry.create(config, vocab_size=1)  # Before data are read, for its errors.
-    dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
+    if dataset is None:
+      dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
     if resumes:  # A converted model has other words than the data.
       run.check_data(dataset.fingerprint, workdir)
       vocabulary = tokenizers.load(workdir / "vocab.json")
@@ -130,10 +144,27 @@ class Training:
     plan = Plan.create(config, len(dataset.train.triplets))
     method = registry.create(config, len(vocabulary), AXIS)
     tx = method.optimizer(plan.steps_per_epoch, plan.total_steps)
-    encoder = Encoder.create(method, parallel)
-    return cls(
-      config, workdir, resumes, parallel, dataset, vocabulary, method, tx, encoder, plan
-    )  # fmt: skip
+    return cls(config, workdir, resumes, parallel, dataset, vocabulary, method, tx, plan)
+
+  @property
+  def towers(self) -> str:
+    """Folder of the weights that training starts from, or whose features it learns on."""
+    return stages.towers(self.config, self.workdir)
+
+  @functools.cached_property
+  def features(self) -> Features:
+    """Of a `FeatureMethod`: the features that it learns on; computed where they are not kept."""
+    found = features_of(self.method, self.towers, self.parallel, self.dataset, self.vocabulary)
+    run.check_towers(found.weights, self.workdir)
+    run.save_towers(found.weights, self.workdir)
+    return found
+
+  @functools.cached_property
+  def encoder(self) -> Encoder | FeatureEncoder:
+    """How the method is evaluated."""
+    if isinstance(self.method, FeatureMethod):
+      return FeatureEncoder.create(self.method, self.parallel, self.features)
+    return Encoder.create(self.method, self.parallel)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
@@ -169,7 +200,30 @@ class Training:
     self.vocabulary.save(self.workdir / "vocab.json")
 
   def run(self) -> str:
-    """Trains to the last step, evaluates and draws; see `train`."""
+    """Says what is to be done, trains to the last step, evaluates and draws; see `train`."""
+    print(self.describe())
+    try:
+      return self._run()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise UserError(
+        f"out of memory on {self.parallel.devices[0].device_kind}: "
+        f"{str(error).splitlines()[0]}\nA lower batch_size or data.image_size, "
+        f"model.dtype=bfloat16 or a smaller backbone needs less; as long as {self.workdir} holds "
+        f"no checkpoint any of them may be changed there"
+      ) from error
+
+  def export_towers(self, folder: pathlib.Path) -> None:
+    """Writes the towers of the best checkpoint as a folder of weights."""
+    with CheckpointReader(self.workdir / "checkpoints") as checkpoints:
+      step = checkpoints.best_step()
+      params = _evaluated(self.abstract_state)
+      fields = checkpoints.restore_fields(step, self.abstract_state, (params,))
+    (part,) = self.method.parts
+    pretrained.save(self.config, fields[params][part]["encoder"], step, self.workdir, folder)
+
+  def _run(self) -> str:
     with Checkpoints(self.workdir / "checkpoints") as checkpoints:
       start_state = self._start_state(checkpoints)
       start = int(start_state.step)
@@ -200,7 +254,7 @@ class Training:
           f"with --mode=eval"
         )
       return restored
-    initial = state.initial(self.method, self.tx)
+    initial = state.initial(self.method, self.tx, self.towers)
     checkpoints.check_space(initial)
     return initial
 
@@ -214,11 +268,11 @@ class Training:
     batches = self._batches(start)
     with (
       logs.Log(self.workdir, start) as log,
-      Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
+      Progress(config, start, plan.total_steps, plan.steps_per_epoch, plan.stride) as progress,
       Interruption() as interruption,
       Profile(self.workdir, config.profile_steps) as profile,
     ):
-      for step in range(start + 1, plan.total_steps + 1):
+      for step in range(start + plan.stride, plan.total_steps + 1, plan.stride):
         profile.before(step)
         placed, metrics = train_step(placed, next(batches))
         profile.after(step, metrics)
@@ -245,6 +299,8 @@ class Training:
 
   def _batches(self, start: int) -> Iterator:
     """Device batches of steps start .. total_steps - 1."""
+    if isinstance(self.method, FeatureMethod):
+      return self._feature_batches(start)
     data = self.config.data
     batches = loader.train_batches(
       self.dataset.train,
@@ -263,6 +319,20 @@ class Training:
       cache_images=data.cache_images,
     )
     return loader.prefetch_to_device(batches, self.parallel.shard)
+
+  def _feature_batches(self, start: int) -> Iterator:
+    """As `_batches`, of rows of the features; the features themselves are placed once."""
+    config, split, found = self.config, self.dataset.train, self.features.train
+    steps = feature_batches.Steps(
+      config.batch_size, start, self.plan.total_steps, config.seed,
+      jax.process_index(), jax.process_count(),
+    )  # fmt: skip
+    if self.method.scans_epoch:
+      batches = feature_batches.by_epoch(split, found.text_rows, steps)
+    else:
+      batches = feature_batches.one_by_one(split, self.vocabulary, steps)
+    tables = features.place(found, self.parallel)
+    return loader.prefetch_to_device(batches, lambda batch: tables | self.parallel.shard(batch))
 
   def _evaluate(self, placed: TrainState, step: int) -> Evaluation:
     return evaluate.evaluate(
@@ -283,17 +353,21 @@ class Training:
     """Where the parameters come from; the order is that of docs/weights.md."""
     if self.resumes:
       return f"the last checkpoint in {self.workdir / 'checkpoints'}"
-    if self.config.model.pretrained:
+    if self.towers:
       what = {"backbone": "backbones", "encoder": "towers"}[self.method.pretrained]
-      return f"{what} from {self.config.model.pretrained} (model.pretrained), the rest random"
+      return f"{what} from {self.towers}, the rest random"
     return "random"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is due at which step; steps count from 1, as updates done."""
+  """What is due at which step; steps count from 1, as updates done.
+
+  Where several steps are done at once (`stride`), what falls between them is due behind them.
+  """
 
   steps_per_epoch: int
+  stride: int
   total_steps: int
   evaluate_every: int
   save_every: int
@@ -303,8 +377,10 @@ class Plan:
   def create(cls, config: ml_collections.ConfigDict, n_triplets: int) -> "Plan":
     """From the whole configuration and the number of training triplets."""
     per_epoch = loader.steps_per_epoch(n_triplets, config.batch_size)
+    scans = registry.uses_features(config.method) and registry.METHODS[config.method].scans_epoch
     return cls(
       per_epoch,
+      per_epoch if scans else 1,
       per_epoch * config.num_epochs,
       per_epoch * config.eval.every_epochs,
       config.checkpoint_every_steps,
@@ -312,13 +388,17 @@ class Plan:
     )
 
   def evaluates(self, step: int) -> bool:
-    return step == self.total_steps or step % self.evaluate_every == 0
+    return step == self.total_steps or self._passes(step, self.evaluate_every)
 
   def saves(self, step: int) -> bool:
-    return self.evaluates(step) or step % self.save_every == 0
+    return self.evaluates(step) or self._passes(step, self.save_every)
 
   def logs(self, step: int) -> bool:
-    return self.saves(step) or step % self.log_every == 0
+    return self.saves(step) or self._passes(step, self.log_every)
+
+  def _passes(self, step: int, every: int) -> bool:
+    """Whether one of the steps just done is a multiple of `every`."""
+    return step // every > (step - self.stride) // every
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -347,9 +427,15 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   vocabulary = tokenizers.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
-  encoder = Encoder.create(method, parallel)
+  if isinstance(method, FeatureMethod):
+    folder = stages.towers(config, workdir)
+    found = features_of(method, folder, parallel, dataset, vocabulary)
+    run.check_towers(found.weights, workdir)
+    encoder = FeatureEncoder.create(method, parallel, found)
+  else:
+    encoder = Encoder.create(method, parallel)
   like = state.abstract(method)
-  params = "average" if like.average else "params"
+  params = _evaluated(like)
   evaluations = {}
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
@@ -396,11 +482,27 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   dataset = open_dataset(config.data, train=False)
   print("\n".join(remarks(dataset, vocabulary, config.seed)), end="")
   encoder = Encoder.create(method, parallel)
-  variables = parallel.replicate(state.initial_variables(method))
+  variables = parallel.replicate(state.initial_variables(method, config.model.pretrained))
   evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, 0, "untrained")
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
+
+
+def features_of(
+  method: FeatureMethod,
+  folder: str,
+  parallel: DataParallel,
+  dataset: Dataset,
+  vocabulary: Tokenizer,
+) -> Features:
+  """Features of a data set by the towers of a folder of weights, see `features.compute`."""
+  return features.compute(method, state.towers(method, folder), parallel, dataset, vocabulary)
+
+
+def _evaluated(state: TrainState) -> str:
+  """The field of a state whose parameters are evaluated."""
+  return "average" if state.average else "params"
 
 
 def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:

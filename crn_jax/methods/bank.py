@@ -27,9 +27,6 @@ class Bank(FeatureMethod):
     params = {"encoder": half(self.init_encoder(key), "text")}
     return {"params": {"text": params}, "batch_stats": {"text": {}}}
 
-  def with_towers(self, variables: Variables, towers: dict) -> Variables:
-    return variables | {"params": {"text": {"encoder": half(towers, "text")}}}
-
   def train_step(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """As `update`, of this device's rows of the table 'images'."""
     return self.update(tx, state, batch | self.tables(batch))

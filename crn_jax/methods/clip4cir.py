@@ -30,7 +30,10 @@ class FineTuning(EncoderMethod):
   parts: ClassVar[tuple[str, ...]] = ("towers",)
 
   def init(self, key: jax.Array) -> Variables:
-    return {"params": {"towers": {"encoder": self.init_encoder(key)}}, "batch_stats": {"towers": {}}}
+    return {
+      "params": {"towers": {"encoder": self.init_encoder(key)}},
+      "batch_stats": {"towers": {}},
+    }
 
   def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     def loss(params):
@@ -45,7 +48,9 @@ class FineTuning(EncoderMethod):
     return self.descend(tx, state, loss)
 
   def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
-    features = self._apply(variables["params"]["towers"], DualEncoder.encode_images, pictures).vectors
+    features = self._apply(
+      variables["params"]["towers"], DualEncoder.encode_images, pictures
+    ).vectors
     return features, losses.normalize(features)
 
   def compose(
@@ -74,7 +79,9 @@ class Clip4Cir(FeatureMethod):
 
   def init(self, key: jax.Array) -> Variables:
     features = jnp.zeros((1, self.vector_dim))
-    params = self.combiner.clone(axis_name=None).init(key, features, features, train=False)["params"]
+    params = self.combiner.clone(axis_name=None).init(key, features, features, train=False)[
+      "params"
+    ]
     return {"params": {"combiner": params}, "batch_stats": {"combiner": {}}}
 
   def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:

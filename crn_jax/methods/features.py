@@ -40,11 +40,6 @@ class FeatureMethod(EncoderMethod):
   frozen: ClassVar[tuple[str, ...]]
   scans_epoch: ClassVar[bool]
 
-  def with_towers(self, variables: Variables, towers: dict) -> Variables:
-    """Initial variables, with what the method trains of the towers from their parameters."""
-    del towers
-    return variables
-
   def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
     """As `Method.encode_images`, of features [batch, d]."""
     del variables

@@ -1,7 +1,7 @@
 """Features of frozen towers: of every image and text of a data set once, and queries made of them.
 
-Features are kept on disk (`kept_features`). What the program holds of them is the tables alone: four
-bytes a value, 140 MB for FashionIQ's 46,000 training images at a width of 768.
+Features are kept on disk (`kept_features`). The program holds the tables alone: four bytes a value,
+140 MB for FashionIQ's 46,000 training images at a width of 768.
 """
 
 import dataclasses
@@ -60,10 +60,12 @@ class Features:
   Attributes:
     train: None if the training data were not read.
     evals: by the splits' names.
+    weights: 'image', 'text' -> digest of the frozen tower's weights.
   """
 
   train: TrainFeatures | None
   evals: Mapping[str, SplitFeatures]
+  weights: Mapping[str, str]
 
 
 def compute(
@@ -103,7 +105,28 @@ def compute(
     )
     for split in dataset.evals
   }
-  return Features(train, evals)
+  return Features(train, evals, frozen.weights)
+
+
+def place(features: TrainFeatures, parallel: DataParallel) -> dict[str, jax.Array]:
+  """The tables of the training data spread over the devices, see `methods.features.TABLES`."""
+  tables = {
+    "images": features.images,
+    "counts": np.ones(len(features.images), bool),
+    "texts": features.texts,
+  }
+  return {
+    name: parallel.shard(_own_rows(table, len(parallel.devices)))
+    for name, table in tables.items()
+    if table is not None
+  }
+
+
+def _own_rows(table: np.ndarray, n_devices: int) -> np.ndarray:
+  """This process's rows of a table filled up with zeros to a multiple of the devices."""
+  filled = np.zeros((-(-len(table) // n_devices) * n_devices, *table.shape[1:]), table.dtype)
+  filled[: len(table)] = table
+  return np.split(filled, jax.process_count())[jax.process_index()]
 
 
 def _texts_of(triplets: TripletSource, seed: int, epochs: int) -> tuple[Text, ...]:
@@ -128,6 +151,7 @@ class _Frozen:
     placed: kind -> parameters on the devices.
     encode: kind -> (parameters, rows of pictures or of ids) -> features, on all devices.
     kept: kind -> what is on disk.
+    weights: kind -> digest of the parameters.
   """
 
   method: FeatureMethod
@@ -136,6 +160,7 @@ class _Frozen:
   placed: Mapping[str, Any]
   encode: Mapping[str, Callable]
   kept: Mapping[str, KeptFeatures]
+  weights: Mapping[str, str]
 
   @classmethod
   def create(cls, method, towers, parallel, tokenizer) -> "_Frozen":
@@ -149,18 +174,19 @@ class _Frozen:
       "text": {},
     }
     halves = {kind: half(towers, kind) for kind in method.frozen}
+    weights = {kind: kept_features.digest(params) for kind, params in halves.items()}
     kept = {
       kind: KeptFeatures.of(
         data.features,
         facts[kind] | {
           "kind": kind,
-          "weights": kept_features.digest(params),
+          "weights": weights[kind],
           "tower": dataclasses.asdict(getattr(description, kind)),
           "dtype": config.model.dtype,
         },
         method.vector_dim,
       )
-      for kind, params in halves.items()
+      for kind in halves
     }  # fmt: skip
 
     def images(params, pictures):
@@ -176,7 +202,7 @@ class _Frozen:
 
     encode = {"image": parallel.map(images, REPLICATED), "text": parallel.map(texts, REPLICATED)}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
-    return cls(method, parallel, tokenizer, placed, encode, kept)
+    return cls(method, parallel, tokenizer, placed, encode, kept, weights)
 
   def images(self, paths: Sequence[str], store: ImageStore | None, show: str) -> np.ndarray:
     """[images, d] features of image files."""
