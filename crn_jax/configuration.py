@@ -353,7 +353,7 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
   for name, count in devices.items():
     if name in valid and valid[name] % count:
       yield f"{name} = {valid[name]}: expected a multiple of the number of devices, {count}"
-  has_backbone = METHODS[fields["method"]].pretrained == "backbone" if "method" in valid else True
+  has_backbone = "method" not in valid or METHODS[valid["method"]].pretrained == "backbone"
   if has_backbone and all(name in valid for name in RULES if name.startswith("model.")):
     yield from _foreign_sizes(valid)
     valid |= _named_sizes(valid)

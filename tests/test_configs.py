@@ -11,7 +11,7 @@ import pytest
 import torch
 from absl import flags
 
-from configs import default
+from configs import default, zero_shot
 from configs import run as saved
 from crn_jax import configuration
 from crn_jax.convert import release
@@ -21,8 +21,10 @@ from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvisio
 
 import timm as timm_models  # isort: skip
 
-# Published ones; `run` is that of a run that is there.
-CONFIGS = sorted({p.stem for p in pathlib.Path(default.__file__).parent.glob("*.py")} - {"run"})
+# Published ones; `run` is that of a run that is there, `zero_shot` takes a data set.
+CONFIGS = sorted(
+  {p.stem for p in pathlib.Path(default.__file__).parent.glob("*.py")} - {"run", "zero_shot"}
+)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -91,6 +93,21 @@ def test_a_folder_without_a_configuration_is_refused_in_one_line(content, messag
   with pytest.raises(flags.IllegalFlagValueError, match=message) as error:
     saved.get_config(str(tmp_path))
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["", *CONFIGS])
+def test_zero_shot_takes_a_data_set_and_leaves_sizes_to_the_towers(name):
+  config = zero_shot.get_config(name)
+  data = importlib.import_module(f"configs.{name or 'fashioniq_all'}").get_config()
+  assert (config.method, config.data.dataset) == ("zero_shot", data.data.dataset)
+  assert config.eval.best_metric == data.eval.best_metric
+  assert config.name == (f"zero_shot_{name}" if name else "zero_shot")
+  assert (config.data.image_size, config.data.resize, config.data.max_words) == (None, None, None)
+
+
+def test_zero_shot_refuses_other_names_in_one_line_with_the_choices():
+  with pytest.raises(flags.IllegalFlagValueError, match="'shoe' after .* fashioniq_all, .*shoes"):
+    zero_shot.get_config("shoe")
 
 
 def test_the_order_does_not_matter():

@@ -14,6 +14,7 @@ from crn_jax import configuration, train
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.methods import optimizer
+from crn_jax.methods.base import Method
 from crn_jax.methods.crn import CRN
 from crn_jax.parallel import DataParallel
 from crn_jax.workdir import run
@@ -283,12 +284,14 @@ def test_home_folders_are_expanded(monkeypatch):
 
 
 def test_a_new_method_or_data_set_is_a_choice_at_once(monkeypatch):
-  monkeypatch.setitem(configuration.METHODS, "sum", object)
+  monkeypatch.setitem(configuration.METHODS, "sum", Method)
   # The sizes that CRN's units want are not wanted of others.
   configuration.check(changed({"method": "sum", "model.feature_dim": 17}))
 
 
 def test_rules_and_agreements_name_fields():
-  agreements = itertools.chain(configuration.AGREEMENTS, configuration.CRN_AGREEMENTS)
+  agreements = itertools.chain(
+    configuration.AGREEMENTS, configuration.BACKBONE_AGREEMENTS, configuration.CRN_AGREEMENTS
+  )
   named = {field for agreement in agreements for field in agreement.fields}
   assert named | set(configuration.PATHS) <= set(configuration.RULES)

@@ -23,6 +23,7 @@ ALLOWED = {
   "methods": {"models"},
   "input_pipeline": {"workdir.files"},
   "initial_values": set(),
+  "pretrained": {"input_pipeline.tokenizers", "methods", "models", "workdir.weights"},
   "state": {"initial_values", "methods", "models", "workdir.weights"},
   "training_step": {"methods", "parallel"},
   "plan": {"methods", "parallel", "state", "training_step"},
@@ -32,8 +33,8 @@ ALLOWED = {
   "configuration": {"input_pipeline", "methods", "models", "workdir.run"},
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
-  "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "reports",
-            "retrieval", "state", "training_step", "workdir"},
+  "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "pretrained",
+            "reports", "retrieval", "state", "training_step", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

@@ -77,14 +77,14 @@ class PretrainedTokenizer:
     return len(self._tokenizer)
 
   def text(self, texts: Sequence[str]) -> str:
-    """The captions of one query as one sentence, without the marks at their ends.
+    """The captions of one query as one sentence.
 
     Raises:
       ValueError: no caption at all, or a string in place of a sequence of captions.
     """
     if isinstance(texts, str) or not texts:
       raise ValueError(f"expected the captions of one query, e.g. ('is blue',), got {texts!r}")
-    sentence = " and ".join(caption.strip(" .,?!") for caption in texts)
+    sentence = " and ".join(texts)
     return sentence.lower() if self.lower_case else sentence
 
   def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
