@@ -480,7 +480,8 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   method = registry.create(config, len(vocabulary), AXIS)
   state.check_pretrained(config)  # Before data are read.
   dataset = open_dataset(config.data, train=False)
-  print("\n".join(remarks(dataset, vocabulary, config.seed)), end="")
+  for line in remarks(dataset, vocabulary, config.seed):
+    print(line)
   encoder = Encoder.create(method, parallel)
   variables = parallel.replicate(state.initial_variables(method, config.model.pretrained))
   evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, 0, "untrained")

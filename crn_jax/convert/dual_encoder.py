@@ -165,10 +165,8 @@ def read_config(folder: pathlib.Path) -> DualEncoderConfig:
     raise UserError(
       f"{path}: a model of type {model_type!r}; expected one of {', '.join(map(repr, _CONFIGS))}"
     )
-  import transformers  # Takes a second.
-
   with _naming(path):
-    config = getattr(transformers, _CONFIGS[model_type]).from_dict(content)
+    config = getattr(pretrained.transformers_library(), _CONFIGS[model_type]).from_dict(content)
     family = "clip" if model_type == "clip" else "siglip"
     found = {
       "family": family,
@@ -199,7 +197,7 @@ def _naming(path: pathlib.Path) -> Iterator[None]:
   except Exception as error:  # transformers checks fields in its own ways.
     raise UserError(
       f"{path}: not a configuration that transformers can read ({type(error).__name__}: "
-      f"{(str(error).splitlines() or [''])[0]})"
+      f"{' '.join(str(error).split())})"
     ) from error
 
 

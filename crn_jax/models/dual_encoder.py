@@ -85,8 +85,14 @@ class DualEncoderConfig:
                       f"{self.image.patch_size} pixels")  # fmt: skip
 
   def with_image_size(self, side: int) -> "DualEncoderConfig":
-    """The same towers for pictures of another size; their position table is to be resized."""
-    return dataclasses.replace(self, image=dataclasses.replace(self.image, image_size=side))
+    """The same towers for pictures of another size; their position table is to be resized.
+
+    Raises:
+      UserError: if a picture is smaller than a patch.
+    """
+    found = dataclasses.replace(self, image=dataclasses.replace(self.image, image_size=side))
+    found.check()
+    return found
 
 
 @flax.struct.dataclass

@@ -55,11 +55,8 @@ class PretrainedTokenizer:
   @functools.cached_property
   def _tokenizer(self):
     check_files(self.folder)
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # It misses PyTorch otherwise.
-    import transformers  # Takes a second; a word table needs none.
-
     try:
-      found = transformers.AutoTokenizer.from_pretrained(
+      found = transformers_library().AutoTokenizer.from_pretrained(
         self.folder, local_files_only=True, trust_remote_code=False
       )
       found.padding_side = found.truncation_side = "right"
@@ -155,6 +152,14 @@ class PretrainedTokenizer:
       return_attention_mask=True,
     )
     return np.asarray(rows["input_ids"], np.int32), np.asarray(rows["attention_mask"], bool)
+
+
+def transformers_library():
+  """transformers, which takes a second to import, and then is silent about what it misses."""
+  os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+  import transformers
+
+  return transformers
 
 
 def found_files(folder: str | os.PathLike) -> list[str]:
