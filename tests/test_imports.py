@@ -27,14 +27,15 @@ ALLOWED = {
   "state": {"initial_values", "methods", "models", "workdir.weights"},
   "training_step": {"methods", "parallel"},
   "plan": {"methods", "parallel", "state", "training_step"},
-  "retrieval": {"methods", "parallel", "input_pipeline"},
+  "stages": {"methods"},
+  "retrieval": {"methods", "parallel", "input_pipeline", "workdir.files"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},
   "configuration": {"input_pipeline", "methods", "models", "workdir.run"},
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
   "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "pretrained",
-            "reports", "retrieval", "state", "training_step", "workdir"},
+            "reports", "retrieval", "stages", "state", "training_step", "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

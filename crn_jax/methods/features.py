@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from crn_jax.methods import losses
 from crn_jax.methods.base import Variables
 from crn_jax.methods.encoder import EncoderMethod
+from crn_jax.models.dual_encoder import DualEncoder
 
 # Of the towers' parameters, those that make features of images, and of texts.
 HALVES = {"image": ("image", "image_projection"), "text": ("text", "text_projection")}
@@ -39,6 +40,23 @@ class FeatureMethod(EncoderMethod):
 
   frozen: ClassVar[tuple[str, ...]]
   scans_epoch: ClassVar[bool]
+
+  def features(self, kind: str, params: dict, rows: jax.Array) -> jax.Array:
+    """Features of a frozen tower.
+
+    Args:
+      kind: 'image' or 'text'.
+      params: of that tower, see `half`.
+      rows: uint8 pictures [batch, height, width, 3], or ids [batch, words].
+
+    Returns:
+      [batch, d] float32, not normalised.
+    """
+    if kind == "text":
+      return self.encoder.apply({"params": params}, rows, method=DualEncoder.encode_texts).vectors
+    pictures = self.preprocessing.normalize(rows)
+    found = self.encoder.apply({"params": params}, pictures, method=DualEncoder.encode_images)
+    return found.vectors
 
   def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
     """As `Method.encode_images`, of features [batch, d]."""

@@ -16,7 +16,6 @@ from crn_jax.input_pipeline.dataset import Dataset, EvalSplit, ImageStore, Tripl
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import losses
 from crn_jax.methods.features import FeatureMethod, half
-from crn_jax.models.dual_encoder import DualEncoder
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.retrieval import kept_features, ranking
 from crn_jax.retrieval.encode import Encoded
@@ -189,18 +188,10 @@ class _Frozen:
       for kind in halves
     }  # fmt: skip
 
-    def images(params, pictures):
-      return _gathered(method.encoder.apply(
-        {"params": params}, method.preprocessing.normalize(pictures),
-        method=DualEncoder.encode_images,
-      ).vectors)  # fmt: skip
+    def encoder(kind):
+      return lambda params, rows: _gathered(method.features(kind, params, rows))
 
-    def texts(params, ids):
-      return _gathered(
-        method.encoder.apply({"params": params}, ids, method=DualEncoder.encode_texts).vectors
-      )
-
-    encode = {"image": parallel.map(images, REPLICATED), "text": parallel.map(texts, REPLICATED)}
+    encode = {kind: parallel.map(encoder(kind), REPLICATED) for kind in halves}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
     return cls(method, parallel, tokenizer, placed, encode, kept, weights)
 
