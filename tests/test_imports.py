@@ -26,7 +26,7 @@ ALLOWED = {
   "pretrained": {"input_pipeline.tokenizers", "methods", "models", "workdir.weights"},
   "state": {"initial_values", "methods", "models", "workdir.weights"},
   "training_step": {"methods", "parallel"},
-  "plan": {"methods", "parallel", "state", "training_step"},
+  "plan": {"methods", "parallel", "stages", "state", "training_step"},
   "stages": {"methods"},
   "retrieval": {"methods", "parallel", "input_pipeline", "workdir.files"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",

@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from crn_jax.methods import losses
 from crn_jax.methods.base import QueryVectors, TrainState, Variables
@@ -26,6 +27,16 @@ class Bank(FeatureMethod):
   def init(self, key: jax.Array) -> Variables:
     params = {"encoder": half(self.init_encoder(key), "text")}
     return {"params": {"text": params}, "batch_stats": {"text": {}}}
+
+  def abstract_batch(self, n: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    row = jax.ShapeDtypeStruct((n,), jnp.int32)
+    return {
+      "images": jax.ShapeDtypeStruct((rows, self.vector_dim), jnp.float32),
+      "counts": jax.ShapeDtypeStruct((rows,), jnp.bool_),
+      "reference": row,
+      "target": row,
+      "tokens": jax.ShapeDtypeStruct((n, self.config.data.max_words), jnp.int32),
+    }
 
   def train_step(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """As `update`, of this device's rows of the table 'images'."""

@@ -97,6 +97,11 @@ class Clip4Cir(FeatureMethod):
 
     return self.descend(tx, state, loss)
 
+  def abstract_batch(self, n: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    table = jax.ShapeDtypeStruct((rows, self.vector_dim), jnp.float32)
+    chosen = jax.ShapeDtypeStruct((n, 1, 3), jnp.int32)
+    return {"images": table, "texts": table, "rows": chosen}
+
   def train_step(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """All updates of an epoch.
 

@@ -5,6 +5,7 @@ features of texts instead of ids. The tables of all training features stay on th
 names rows of them.
 """
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -40,6 +41,15 @@ class FeatureMethod(EncoderMethod):
 
   frozen: ClassVar[tuple[str, ...]]
   scans_epoch: ClassVar[bool]
+
+  @abc.abstractmethod
+  def abstract_batch(self, n: int, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of one update, over all devices.
+
+    Args:
+      n: its size.
+      rows: of a table of features.
+    """
 
   def features(self, kind: str, params: dict, rows: jax.Array) -> jax.Array:
     """Features of a frozen tower.
