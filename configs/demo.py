@@ -71,7 +71,7 @@ def _on_towers(config: ml_collections.ConfigDict) -> None:
   }  # fmt: skip
   config.model.encoder = ml_collections.ConfigDict({
     "family": "clip",
-    "image": {**sizes, "patch_size": 8, "image_size": config.data.image_size,
+    "image": {**sizes, "patch_size": 16, "image_size": config.data.image_size,
               "pooling": "class_token"},
     # Texts are read as rows of the word table, whose end mark is 3.
     "text": {**sizes, "vocab_size": 512, "length": config.data.max_words, "pooling": "end",
@@ -86,9 +86,9 @@ def _on_towers(config: ml_collections.ConfigDict) -> None:
   })  # fmt: skip
   config.eval.exclude_reference = True  # As the other presets here.
   finetune = config.finetune
-  finetune.num_epochs = 7
+  finetune.num_epochs = 16
   finetune.batch_size = 64
-  finetune.evaluate_every_epochs = 4
+  finetune.evaluate_every_epochs = 8
   finetune.optimizer.update(
     algorithm="adamw", learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_steps=50,
     clip_norm=1.0,

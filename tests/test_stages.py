@@ -12,14 +12,15 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import default
-from crn_jax import configuration, stages, state, train
+from crn_jax import configuration, pretrained, stages, state, train
+from crn_jax.convert import backbone
 from crn_jax.errors import UserError
 from crn_jax.methods import registry
 from crn_jax.retrieval import kept_features
 from crn_jax.workdir import checkpoint, history, weights
 from crn_jax.workdir.interrupt import Interrupted
 from crn_jax.workdir.progress import Progress
-from tests import tiny, tiny_towers
+from tests import small_towers, tiny, tiny_towers
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
@@ -208,6 +209,66 @@ def test_towers_that_are_given_need_no_fine_tuning(finished, root, tmp_path):
   with pytest.raises(UserError, match="no tokenizer in this folder"):  # Trained from words.
     train.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def pretrained_towers(tmp_path_factory):
+  """Folder of converted CLIP towers with a tokenizer of their own."""
+  folder = tmp_path_factory.mktemp("clip")
+  small_towers.save("clip", folder / "published")
+  backbone.convert(folder / "published", folder / "converted")
+  return str(folder / "converted")
+
+
+def on_pretrained(root, preset: str, folder: str):
+  """A configuration as main.py describes it from the folder of the towers."""
+  config = default.get_config(preset)
+  config.data.update(root=str(root), category="dress", features=str(root / "features"))
+  config.model.pretrained = folder
+  config.num_epochs, config.batch_size = 1, 16
+  config.finetune.num_epochs = min(config.finetune.num_epochs, 1)
+  config.finetune.batch_size = config.eval.batch_size = 16
+  pretrained.describe(config)
+  return config
+
+
+def test_pretrained_towers_are_fine_tuned_and_what_is_left_is_a_folder_of_towers(
+  pretrained_towers, root, tmp_path
+):
+  """clip4cir from published weights; then a bank, and no training at all, on its towers."""
+  train.train(on_pretrained(root, "clip4cir", pretrained_towers), tmp_path / "clip4cir")
+  folder = str(tmp_path / "clip4cir" / "towers" / "weights")
+  config = on_pretrained(root, "bank", folder)
+  assert config.model.encoder == on_pretrained(root, "bank", pretrained_towers).model.encoder
+  assert stages.fine_tuning(config) is None
+  train.train(config, tmp_path / "bank")
+  assert not (tmp_path / "bank" / "towers").exists()
+  config = on_pretrained(root, "bank", folder)
+  config.method = "zero_shot"
+  train.evaluate_run(config, tmp_path / "zero_shot", "last")
+  results = {
+    name: json.loads((tmp_path / name / "eval.json").read_text())["by_query"]
+    for name in ("clip4cir", "clip4cir/towers", "bank", "zero_shot")
+  }
+  # The towers that were exported are those that were evaluated, whichever method asks them.
+  assert results["zero_shot"] == results["clip4cir/towers"]
+  for name, found in results.items():
+    assert found["image_only"] == results["zero_shot"]["image_only"], name
+  assert results["clip4cir"]["text_only"] == results["zero_shot"]["text_only"]
+  # The text tower of the bank starts there.
+  start = state.initial_variables(registry.create(config_of_bank(config), 1), folder)["params"]
+  towers = state.towers(registry.create(config, 1), folder)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    start["text"]["encoder"],
+    {name: towers[name] for name in ("text", "text_projection")},
+  )
+
+
+def config_of_bank(config):
+  config = config.copy_and_resolve_references()
+  config.method = "bank"
+  return config
 
 
 @pytest.mark.parametrize(
