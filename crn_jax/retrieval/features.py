@@ -91,7 +91,7 @@ def compute(
   train = None
   if dataset.train is not None:
     config, split = method.config, dataset.train
-    texts = _texts_of(split.triplets, config.seed, config.num_epochs) if of_texts else ()
+    texts = drawn_texts(split.triplets, config.seed, config.num_epochs) if of_texts else ()
     train = TrainFeatures(
       frozen.images(split.image_paths, split.store, "train"),
       frozen.texts(texts, "train") if of_texts else None,
@@ -128,7 +128,7 @@ def _own_rows(table: np.ndarray, n_devices: int) -> np.ndarray:
   return np.split(filled, jax.process_count())[jax.process_index()]
 
 
-def _texts_of(triplets: TripletSource, seed: int, epochs: int) -> tuple[Text, ...]:
+def drawn_texts(triplets: TripletSource, seed: int, epochs: int) -> tuple[Text, ...]:
   """Every text that training draws, in the order of first appearance: with more epochs, more come
   behind, and what is kept stays of use."""
   texts, before = {}, None
