@@ -95,7 +95,8 @@ def images(folder: pathlib.Path) -> dict:
   parallel = DataParallel.create("shard_map", [measure.device()])
 
   def compute(data):
-    return features.compute(method, towers, parallel, data, words)
+    weights = features.digests(method, towers)
+    return features.compute(method, towers, weights, parallel, data, words)
 
   def seconds():
     start = time.perf_counter()

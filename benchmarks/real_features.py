@@ -121,7 +121,7 @@ def of_dataset(dataset: Dataset, config) -> Features:
     )
     for s in dataset.evals
   }
-  return Features(TrainFeatures(project(raw), of_texts, rows), evals, {})
+  return Features(TrainFeatures(project(raw), of_texts, rows), evals)
 
 
 def trained(config, dataset: Dataset, found: Features, words: Vocabulary) -> dict:

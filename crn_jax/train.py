@@ -4,16 +4,25 @@ import dataclasses
 import functools
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import jax
 import ml_collections
 import optax
 
-from crn_jax import configuration, evaluate, pretrained, stages, state, training_step
+from crn_jax import (
+  configuration,
+  evaluate,
+  feature_training,
+  pretrained,
+  stages,
+  state,
+  training_step,
+)
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
-from crn_jax.input_pipeline import feature_batches, loader
+from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.checks import missing
 from crn_jax.input_pipeline.dataset import Dataset
 from crn_jax.input_pipeline.registry import open_dataset
@@ -26,7 +35,6 @@ from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
-from crn_jax.retrieval import features
 from crn_jax.retrieval.encode import Encoder
 from crn_jax.retrieval.features import FeatureEncoder, Features
 from crn_jax.workdir import checkpoint, logs, run
@@ -154,10 +162,13 @@ class Training:
   @functools.cached_property
   def features(self) -> Features:
     """Of a `FeatureMethod`: the features that it learns on; computed where they are not kept."""
-    found = features_of(self.method, self.towers, self.parallel, self.dataset, self.vocabulary)
-    run.check_towers(found.weights, self.workdir)
-    run.save_towers(found.weights, self.workdir)
-    return found
+    try:
+      return feature_training.open_features(
+        self.method, self.parallel, self.dataset, self.vocabulary, self.workdir, begins=True
+      )
+    except KeyboardInterrupt:  # What was computed is kept.
+      step = max(checkpoint.steps(self.workdir / "checkpoints"), default=0)
+      raise Interrupted(step, signal.SIGINT) from None
 
   @functools.cached_property
   def encoder(self) -> Encoder | FeatureEncoder:
@@ -277,9 +288,9 @@ class Training:
         placed, metrics = train_step(placed, next(batches))
         profile.after(step, metrics)
         progress.stepped(metrics)
-        signal = interruption.signal  # Once: it may come at any moment.
+        stop = interruption.signal  # Once: it may come at any moment.
         epoch = step / plan.steps_per_epoch
-        if plan.logs(step) or signal:
+        if plan.logs(step) or stop:
           values = progress.read(self.parallel, checkpoints.steps())
           values["learning_rate"] = float(schedule(step - 1))
           log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
@@ -290,17 +301,20 @@ class Training:
           metric, results = evaluation.results.best_value, evaluation.results.to_json()
           log.scalars(step, epoch, evaluation.results.scalars())
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-        if plan.saves(step) or signal:
+        if plan.saves(step) or stop:
           checkpoints.save(self.parallel.fetch(placed), metric, results)
-        if signal and step < plan.total_steps:
+        if stop and step < plan.total_steps:
           checkpoints.require(step)
-          raise Interrupted(step, signal)
+          raise Interrupted(step, stop)
     return placed, evaluation
 
   def _batches(self, start: int) -> Iterator:
     """Device batches of steps start .. total_steps - 1."""
     if isinstance(self.method, FeatureMethod):
-      return self._feature_batches(start)
+      return feature_training.batches(
+        self.method, self.parallel, self.dataset.train, self.vocabulary, self.features.train,
+        start, self.plan.total_steps,
+      )  # fmt: skip
     data = self.config.data
     batches = loader.train_batches(
       self.dataset.train,
@@ -319,20 +333,6 @@ class Training:
       cache_images=data.cache_images,
     )
     return loader.prefetch_to_device(batches, self.parallel.shard)
-
-  def _feature_batches(self, start: int) -> Iterator:
-    """As `_batches`, of rows of the features; the features themselves are placed once."""
-    config, split, found = self.config, self.dataset.train, self.features.train
-    steps = feature_batches.Steps(
-      config.batch_size, start, self.plan.total_steps, config.seed,
-      jax.process_index(), jax.process_count(),
-    )  # fmt: skip
-    if self.method.scans_epoch:
-      batches = feature_batches.by_epoch(split, found.text_rows, steps)
-    else:
-      batches = feature_batches.one_by_one(split, self.vocabulary, steps)
-    tables = features.place(found, self.parallel)
-    return loader.prefetch_to_device(batches, lambda batch: tables | self.parallel.shard(batch))
 
   def _evaluate(self, placed: TrainState, step: int) -> Evaluation:
     return evaluate.evaluate(
@@ -428,9 +428,9 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   dataset = open_dataset(config.data, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   if isinstance(method, FeatureMethod):
-    folder = stages.towers(config, workdir)
-    found = features_of(method, folder, parallel, dataset, vocabulary)
-    run.check_towers(found.weights, workdir)
+    found = feature_training.open_features(
+      method, parallel, dataset, vocabulary, workdir, begins=False
+    )
     encoder = FeatureEncoder.create(method, parallel, found)
   else:
     encoder = Encoder.create(method, parallel)
@@ -488,17 +488,6 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
-
-
-def features_of(
-  method: FeatureMethod,
-  folder: str,
-  parallel: DataParallel,
-  dataset: Dataset,
-  vocabulary: Tokenizer,
-) -> Features:
-  """Features of a data set by the towers of a folder of weights, see `features.compute`."""
-  return features.compute(method, state.towers(method, folder), parallel, dataset, vocabulary)
 
 
 def _evaluated(state: TrainState) -> str:

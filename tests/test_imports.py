@@ -34,8 +34,11 @@ ALLOWED = {
   "configuration": {"input_pipeline", "methods", "models", "workdir.run"},
   "command_line": {"configuration", "workdir"},
   "evaluate": {"input_pipeline", "reports", "retrieval"},
-  "train": {"configuration", "evaluate", "input_pipeline", "methods", "parallel", "pretrained",
-            "reports", "retrieval", "stages", "state", "training_step", "workdir"},
+  "feature_training": {"input_pipeline", "methods", "parallel", "retrieval", "stages", "state",
+                       "workdir"},
+  "train": {"configuration", "evaluate", "feature_training", "input_pipeline", "methods",
+            "parallel", "pretrained", "reports", "retrieval", "stages", "state", "training_step",
+            "workdir"},
   "convert": {"input_pipeline.tokenizers", "methods", "models", "state", "workdir"},
 }  # fmt: skip
 

@@ -155,7 +155,7 @@ def test_an_interruption_while_features_are_computed_costs_nothing(finished, roo
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(kept_features, "_write", write)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Interrupted, match="stopped at step 0 by SIGINT"):
       train.train(config, stopped)
   train.train(config, stopped)
   assert all(path.exists() for path in calls)

@@ -59,17 +59,21 @@ class Features:
   Attributes:
     train: None if the training data were not read.
     evals: by the splits' names.
-    weights: 'image', 'text' -> digest of the frozen tower's weights.
   """
 
   train: TrainFeatures | None
   evals: Mapping[str, SplitFeatures]
-  weights: Mapping[str, str]
+
+
+def digests(method: FeatureMethod, towers: dict) -> dict[str, str]:
+  """'image', 'text' -> digest of a frozen tower's weights, of the parameters of both."""
+  return {kind: kept_features.digest(half(towers, kind)) for kind in method.frozen}
 
 
 def compute(
   method: FeatureMethod,
   towers: dict,
+  weights: Mapping[str, str],
   parallel: DataParallel,
   dataset: Dataset,
   tokenizer: Tokenizer,
@@ -79,6 +83,7 @@ def compute(
   Args:
     method: says which towers are frozen.
     towers: their parameters.
+    weights: the towers' `digests`.
     parallel: layout over devices.
     dataset: what is trained on, or evaluated only.
     tokenizer: of the towers.
@@ -86,7 +91,7 @@ def compute(
   Raises:
     UserError: an image that cannot be decoded; a folder of features that was changed.
   """
-  frozen = _Frozen.create(method, towers, parallel, tokenizer)
+  frozen = _Frozen.create(method, towers, weights, parallel, tokenizer)
   of_texts = "text" in method.frozen
   train = None
   if dataset.train is not None:
@@ -104,7 +109,7 @@ def compute(
     )
     for split in dataset.evals
   }
-  return Features(train, evals, frozen.weights)
+  return Features(train, evals)
 
 
 def place(features: TrainFeatures, parallel: DataParallel) -> dict[str, jax.Array]:
@@ -150,7 +155,6 @@ class _Frozen:
     placed: kind -> parameters on the devices.
     encode: kind -> (parameters, rows of pictures or of ids) -> features, on all devices.
     kept: kind -> what is on disk.
-    weights: kind -> digest of the parameters.
   """
 
   method: FeatureMethod
@@ -159,10 +163,10 @@ class _Frozen:
   placed: Mapping[str, Any]
   encode: Mapping[str, Callable]
   kept: Mapping[str, KeptFeatures]
-  weights: Mapping[str, str]
 
   @classmethod
-  def create(cls, method, towers, parallel, tokenizer) -> "_Frozen":
+  def create(cls, method, towers, weights, parallel, tokenizer) -> "_Frozen":
+    """Arguments as of `compute`."""
     config, description = method.config, method.encoder_config
     data, preprocessing = config.data, method.preprocessing
     facts = {
@@ -173,7 +177,6 @@ class _Frozen:
       "text": {},
     }
     halves = {kind: half(towers, kind) for kind in method.frozen}
-    weights = {kind: kept_features.digest(params) for kind, params in halves.items()}
     kept = {
       kind: KeptFeatures.of(
         data.features,
@@ -193,7 +196,7 @@ class _Frozen:
 
     encode = {kind: parallel.map(encoder(kind), REPLICATED) for kind in halves}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
-    return cls(method, parallel, tokenizer, placed, encode, kept, weights)
+    return cls(method, parallel, tokenizer, placed, encode, kept)
 
   def images(self, paths: Sequence[str], store: ImageStore | None, show: str) -> np.ndarray:
     """[images, d] features of image files."""
