@@ -280,7 +280,7 @@ BACKBONE_AGREEMENTS = (
 # Of methods on features of frozen towers.
 FEATURE_AGREEMENTS = (Agreement(("model.pretrained", "finetune.num_epochs"), _towers),)
 
-# Of the method CRN; its Inception units want these multiples, see `InceptionUnit`.
+# Of CRN, on a backbone or towers; Inception units want these multiples, see `InceptionUnit`.
 CRN_AGREEMENTS = (
   Agreement(("model.feature_dim",), lambda dim: "a multiple of 32" if dim % 32 else None),
   Agreement(("model.map_dim",), lambda dim: "a multiple of 16" if dim % 16 else None),
@@ -358,8 +358,8 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
     yield from _foreign_sizes(valid)
     valid |= _named_sizes(valid)
   agreements = AGREEMENTS + (BACKBONE_AGREEMENTS if has_backbone else ())
-  agreements += CRN_AGREEMENTS if fields.get("method") == "crn" else ()
   agreements += FEATURE_AGREEMENTS if "method" in valid and uses_features(valid["method"]) else ()
+  agreements += CRN_AGREEMENTS if fields.get("method") in ("crn", "crn_towers") else ()
   for agreement in agreements:
     values = [valid.get(name) for name in agreement.fields]
     if None not in values and (expected := agreement.wrong(*values)):

@@ -75,7 +75,7 @@ def create(
     clip,
     *(moments if config.algorithm == "adam" else reversed(moments)),
     _rate(config.logit_scale_rate, "logit_scale"),
-    _rate(config.backbone_rate, "backbone"),
+    _rate(config.backbone_rate, "backbone", "encoder"),
     optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch, total_steps)),
   )
 
@@ -101,17 +101,17 @@ def average_parameters(average, params, step: jax.Array, decay: float):
   return optax.incremental_update(params, average, 1.0 - decay)
 
 
-def _rate(factor: float, name: str) -> optax.GradientTransformation:
-  """Another rate for what is called `name`; a factor of 1 makes the program no longer.
+def _rate(factor: float, *names: str) -> optax.GradientTransformation:
+  """Another rate for what has one of the names; a factor of 1 makes the program no longer.
 
   The state has the same structure whatever the factor, so that old checkpoints are read.
   """
   change = optax.identity() if factor == 1.0 else optax.scale(factor)
-  return optax.masked(change, _inside(name))
+  return optax.masked(change, _inside(names))
 
 
-def _inside(name: str):
-  """Mask function for optax: True at the leaf, or below the module, called `name`."""
+def _inside(names: tuple[str, ...]):
+  """Mask function for optax: True at a leaf, or below a module, that has one of the names."""
   return lambda params: jax.tree_util.tree_map_with_path(
-    lambda path, _: any(key.key == name for key in path), params
+    lambda path, _: any(key.key in names for key in path), params
   )

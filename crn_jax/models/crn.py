@@ -80,9 +80,8 @@ class Branch(nn.Module):
 
   def setup(self):
     c, dtype = self.config, jnp.dtype(self.config.dtype)
-    self.backbone = registry.create(c.backbone, dtype, self.axis_name, c.remat)
+    image_dim = self.set_encoders()
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
-    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]
     self.composition = composition(
       c.feature_dim,
@@ -91,18 +90,38 @@ class Branch(nn.Module):
       dtype,
     )
     self.query_pool = GeM()
-    map_dim = c.map_dim if c.map_dim is not None else self.backbone.map_dim
+    map_dim = c.map_dim if c.map_dim is not None else image_dim
     pooled = map_dim if self.kind == "local" else c.feature_dim
     self.query_fc = torch_dense(pooled, c.feature_dim, dtype)
     self.relation = Relation(dtype)
     self.logit_scale = self.param("logit_scale", nn.initializers.constant(10.0), (1,))
+
+  def set_encoders(self) -> int:
+    """Part of `setup`: what `image_maps` and `word_features` need; the width of the last map."""
+    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    self.backbone = registry.create(c.backbone, dtype, self.axis_name, c.remat)
+    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
+    return self.backbone.map_dim
+
+  @property
+  def uses_batch_statistics(self) -> bool:
+    """Whether, in training, an image's features depend on the batch."""
+    return self.backbone.uses_batch_statistics
+
+  def image_maps(self, images: jax.Array, *, train: bool, **options) -> FeatureMaps:
+    """Feature maps of normalised images [batch, height, width, 3]; see `backbones.registry`."""
+    return self.backbone(images, train=train, **options)
+
+  def word_features(self, tokens: jax.Array) -> jax.Array:
+    """[batch, words] int32 -> [batch, words, feature_dim]."""
+    return self.text(tokens)
 
   def encode_image(self, images: jax.Array, *, train: bool) -> ImageOutput:
     """Encodes normalised images [batch, height, width, 3].
 
     Training moves the running statistics of a backbone that has some.
     """
-    return self._head(self.backbone(images, train=train))
+    return self._head(self.image_maps(images, train=train))
 
   def encode_zero_image(self, height: int, width: int) -> ImageOutput:
     """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1.
@@ -116,12 +135,12 @@ class Branch(nn.Module):
 
     One backbone pass for both, unless the zero image would be counted in batch statistics.
     """
-    if self.backbone.uses_batch_statistics:
+    if self.uses_batch_statistics:
       # First: it takes the running statistics from before the pass that moves them.
       zero = self.encode_zero_image(*images.shape[1:3])
       return self.encode_image(images, train=train), zero.map
     images = jnp.concatenate([images, jnp.zeros_like(images[:1])])
-    out = self._head(self.backbone(images, train=train, undropped=1))
+    out = self._head(self.image_maps(images, train=train, undropped=1))
     return jax.tree.map(lambda x: x[:-1], out), out.map[-1:]
 
   def _head(self, features: FeatureMaps) -> ImageOutput:
@@ -131,7 +150,7 @@ class Branch(nn.Module):
   def encode_text(self, tokens: jax.Array, token_mask: jax.Array):
     """Word features [batch, words, feature_dim] and the mask of the words that take part."""
     mask = token_mask if self.config.mask_padding else jnp.ones_like(token_mask)
-    return self.text(tokens), mask
+    return self.word_features(tokens), mask
 
   def compose(
     self,

@@ -8,7 +8,7 @@ import numpy as np
 
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.dataset import EvalSplit
-from crn_jax.input_pipeline.tokenizers.words import RESERVED, UNK, Vocabulary
+from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports.pictures.attention import AttentionRow, Word
 from crn_jax.reports.pictures.grid import GridRow
 from crn_jax.retrieval.metrics import UNRANKED
@@ -117,7 +117,7 @@ class Cases:
     return rows
 
   def attention_rows(
-    self, table: Vocabulary, config: ml_collections.ConfigDict
+    self, table: Tokenizer, config: ml_collections.ConfigDict
   ) -> list[AttentionRow]:
     """Rows of the picture of attention.
 
@@ -150,17 +150,13 @@ class Cases:
     return rows
 
 
-def shown_words(texts: Sequence[str], table: Vocabulary) -> list[Word]:
+def shown_words(texts: Sequence[str], table: Tokenizer) -> list[Word]:
   """The words of a query as the model reads them: cut, with markers; unknown ones as they stand."""
 
   def note(word, i):
-    if i == UNK:
-      return "unknown"
-    if i < len(RESERVED):
-      return "marker"
-    return "stop word" if word in STOP_WORDS else ""
+    return table.role(i) or ("stop word" if word in STOP_WORDS else "")
 
-  return [Word(word.strip("<>"), note(word, i)) for word, i in table.read(texts)]
+  return [Word(word.strip("<>") or word, note(word, i)) for word, i in table.read(texts)]
 
 
 def text(split: EvalSplit, query: int) -> str:

@@ -33,6 +33,12 @@ class Tokenizer(Protocol):
   def truncated_count(self, queries: Sequence[Sequence[str]]) -> int:
     """Number of queries that are longer than L, and are cut."""
 
+  def read(self, texts: Sequence[str]) -> list[tuple[str, int]]:
+    """The pieces of one query as a model gets them, cut: as written, and their ids."""
+
+  def role(self, i: int) -> str:
+    """What an id stands for: "unknown", "marker" (of beginning, end and the like) or ""."""
+
   def save(self, path: str | os.PathLike) -> None:
     """Writes what `load` reads: a JSON file, and what else it needs beside it."""
 

@@ -84,6 +84,25 @@ class PretrainedTokenizer:
     sentence = " and ".join(texts)
     return sentence.lower() if self.lower_case else sentence
 
+  def read(self, texts: Sequence[str]) -> list[tuple[str, int]]:
+    """See `base.Tokenizer`."""
+    ids, mask = self.encode(texts)
+    return [(self._written(i), i) for i in ids[mask].tolist()]
+
+  def _written(self, i: int) -> str:
+    """An id for people, never empty."""
+    text = self._tokenizer.decode([i]).strip()
+    if self.role(i) == "marker":
+      text = text.strip("<|/>")
+    return text or self._tokenizer.convert_ids_to_tokens(i).replace("▁", "_")
+
+  def role(self, i: int) -> str:
+    """See `base.Tokenizer`. CLIP's unknown pieces have the id of its end mark."""
+    found = self._tokenizer
+    if i == found.unk_token_id != found.eos_token_id:
+      return "unknown"
+    return "marker" if i in found.all_special_ids else ""
+
   def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """See `base.Tokenizer`; a longer text is cut before its end mark."""
     ids, mask = self._encode([texts])

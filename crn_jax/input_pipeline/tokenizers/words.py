@@ -107,6 +107,12 @@ class Vocabulary:
       return [*words[: self.max_words - 1], words[-1]]
     return words[: self.max_words]
 
+  def role(self, i: int) -> str:
+    """See `base.Tokenizer`."""
+    if i == UNK:
+      return "unknown"
+    return "marker" if i < len(RESERVED) else ""
+
   def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask of one query.
 

@@ -10,6 +10,7 @@ import pytest
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers import base
 from crn_jax.input_pipeline.tokenizers.pretrained import PretrainedTokenizer
+from crn_jax.reports import cases
 from tests import small_towers
 from tests.small_towers import FAMILIES, LENGTH
 from tests.torch_models import transformers
@@ -104,6 +105,21 @@ def test_texts_of_siglip_2_are_lower_cased_by_a_tokenizer_that_would_not(folders
   assert type(lower._tokenizer) is transformers.GemmaTokenizer
   np.testing.assert_array_equal(lower.encode(("Is RED",))[0], plain.encode(("is red",))[0])
   assert list(plain.encode(("Is RED",))[0]) != list(plain.encode(("is red",))[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_texts_are_shown_as_the_towers_read_them(family, folders):
+  ours = tokenizer(family, folders[family])
+  words = ours.read(("has <3 v-neck",))
+  ids, mask = ours.encode(("has <3 v-neck",))
+  assert [i for _, i in words] == ids[mask].tolist()
+  assert all(words) and all(word for word, _ in words)
+  roles = [ours.role(i) for _, i in words]
+  assert roles[-1] == "marker" and (roles[0] == "marker") == (family == "clip")
+  assert words[-1][0] == {"clip": "endoftext", "siglip": "s", "siglip2": "eos"}[family]
+  shown = "".join(word for (word, _), role in zip(words, roles, strict=True) if role != "marker")
+  assert "has" in shown and "neck" in shown
+  assert all(word.text for word in cases.shown_words(("has <3 v-neck",), ours))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
