@@ -9,10 +9,12 @@ from crn_jax import stages, state
 from crn_jax.input_pipeline import feature_batches, loader
 from crn_jax.input_pipeline.dataset import Dataset, TrainSplit
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
+from crn_jax.methods.base import Method
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import DataParallel
 from crn_jax.retrieval import features
-from crn_jax.retrieval.features import Features, TrainFeatures
+from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.features import FeatureEncoder, Features, TrainFeatures
 from crn_jax.workdir import run
 
 
@@ -41,6 +43,20 @@ def open_features(
   if begins:
     run.save_towers(weights, workdir)
   return features.compute(method, towers, weights, parallel, dataset, tokenizer)
+
+
+def encoder_of_run(
+  method: Method,
+  parallel: DataParallel,
+  dataset: Dataset,
+  tokenizer: Tokenizer,
+  workdir: pathlib.Path,
+) -> Encoder | FeatureEncoder:
+  """How a trained run is asked, on pictures or on features; arguments as of `open_features`."""
+  if not isinstance(method, FeatureMethod):
+    return Encoder.create(method, parallel)
+  found = open_features(method, parallel, dataset, tokenizer, workdir, begins=False)
+  return FeatureEncoder.create(method, parallel, found)
 
 
 def batches(

@@ -427,13 +427,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   vocabulary = tokenizers.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
-  if isinstance(method, FeatureMethod):
-    found = feature_training.open_features(
-      method, parallel, dataset, vocabulary, workdir, begins=False
-    )
-    encoder = FeatureEncoder.create(method, parallel, found)
-  else:
-    encoder = Encoder.create(method, parallel)
+  encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
   like = state.abstract(method)
   params = _evaluated(like)
   evaluations = {}

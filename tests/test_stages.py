@@ -16,6 +16,7 @@ from crn_jax import configuration, pretrained, stages, state, train
 from crn_jax.convert import backbone
 from crn_jax.errors import UserError
 from crn_jax.methods import registry
+from crn_jax.parallel import DataParallel
 from crn_jax.retrieval import kept_features
 from crn_jax.workdir import checkpoint, history, weights
 from crn_jax.workdir.interrupt import Interrupted
@@ -327,3 +328,24 @@ def test_the_training_before_has_its_own_settings_and_no_other():
   assert first.data.to_dict() == config.data.to_dict()
   assert stages.fine_tuning(first) is None
   assert config.finetune.num_epochs == 7  # Unchanged.
+
+
+def test_what_is_due_within_steps_done_at_once_is_due_behind_them():
+  plan = train.Plan(
+    steps_per_epoch=4, stride=4, total_steps=40, evaluate_every=20, save_every=6, log_every=10
+  )
+  calls = range(4, 41, 4)
+  assert [step for step in calls if plan.evaluates(step)] == [20, 40]
+  assert [step for step in calls if plan.saves(step)] == [8, 12, 20, 24, 32, 36, 40]
+  assert [step for step in calls if plan.logs(step)] == [8, 12, 20, 24, 32, 36, 40]
+  one = train.Plan(4, 1, 40, 20, 6, 10)
+  assert [step for step in range(1, 41) if one.saves(step)] == [6, 12, 18, 20, 24, 30, 36, 40]
+
+
+def test_progress_counts_steps_done_at_once():
+  config = tiny_towers.config("unused", "clip4cir")
+  with Progress(config, 8, 40, 4, 4) as progress:
+    for total in (1.0, np.nan):
+      progress.stepped({"combiner/total": np.float32(total)})
+    with pytest.raises(UserError, match="step 16: combiner/total not finite"):
+      progress.read(DataParallel.create("shard_map"), [8])

@@ -32,7 +32,7 @@ def digest(params: Mapping) -> str:
   for path, leaf in sorted(traverse_util.flatten_dict(dict(params), sep="/").items()):
     array = np.ascontiguousarray(jax.device_get(leaf))
     found.update(f"{path} {array.dtype} {array.shape}\n".encode())
-    found.update(array.view(np.uint8).data if array.ndim else array.tobytes())
+    found.update(array.view(np.uint8).data)
   return found.hexdigest()
 
 
@@ -128,9 +128,7 @@ def _read(path: pathlib.Path, shape: tuple[int, int]) -> np.ndarray | None:
   """What a chunk's file holds, or None if there is none that can be used."""
   try:
     kept = np.load(path, allow_pickle=False)
-  except FileNotFoundError:
-    return None
-  except (ValueError, EOFError, OSError):  # Damaged: it is computed again.
+  except (ValueError, EOFError, OSError):  # Not there, or damaged: it is computed, or again.
     return None
   return kept if kept.shape == shape and kept.dtype == np.float32 else None
 
