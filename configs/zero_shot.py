@@ -26,7 +26,7 @@ def get_config(name: str = "") -> ml_collections.ConfigDict:
     flags.IllegalFlagValueError: there is no such file.
   """
   others = {path.stem for path in pathlib.Path(__file__).parent.glob("*.py")}
-  known = sorted(others - {"default", "run", "zero_shot"})
+  known = sorted(others - {"default", "run", "zero_shot", "crn_towers"})
   if name not in ("", "default", *known):
     # Not a ValueError, to which the configuration's parser adds a traceback.
     raise flags.IllegalFlagValueError(

@@ -109,6 +109,11 @@ _LOOKALIKES = (
 # Other models, so that a refusal can say what it is.
 _UNSUPPORTED = (
   (
+    "a CLIP with the names of OpenAI's release or of open_clip; give the model's folder with the "
+    "names of transformers",
+    (r"(.*\.)?visual\.transformer\.resblocks\.0\..*",),
+  ),
+  (
     "an image tower without its text tower; give the folder of the whole model",
     (
       r"(.*\.)?(vision_model\.)?encoder\.layers\.0\.self_attn\.q_proj\.weight",

@@ -136,6 +136,28 @@ def test_preprocessing_of_transformers_5_is_found(clip):
   assert dual_encoder.read_config(clip).interpolation == "bilinear"
 
 
+def test_a_folder_as_bge_vl_has_it(clip, tmp_path):
+  """A CLIP with code of its own, which is not run, and the wrong end of CLIP's first files."""
+  edit(
+    clip / "config.json",
+    **{"auto_map": {"AutoModel": "modeling_MMRet_CLIP.CLIPModel"}, "torch_dtype": "float32",
+       "transformers_version": "4.45.2", "text_config.eos_token_id": 2},
+  )  # fmt: skip
+  (clip / "modeling_MMRet_CLIP.py").write_text("raise SystemExit('code of the folder was run')\n")
+  backbone.convert(clip, tmp_path / "out")
+  found = pretrained.read(str(tmp_path / "out"))
+  assert (found.family, found.text.pooling) == ("clip", "largest_id")
+  assert not (tmp_path / "out" / "tokenizer" / "modeling_MMRet_CLIP.py").exists()
+
+
+def test_names_of_open_clip_are_told(tmp_path):
+  names = ("visual.transformer.resblocks.0.ln_1.weight", "token_embedding.weight")
+  tensors = {name: torch.zeros(2) for name in names}
+  safetensors.torch.save_file(tensors, tmp_path / "open_clip_model.safetensors")
+  with pytest.raises(UserError, match="looks like a CLIP with the names of OpenAI's release"):
+    backbone.convert(tmp_path / "open_clip_model.safetensors", tmp_path / "out")
+
+
 def unlink(name):
   return lambda folder: (folder / name).unlink()
 

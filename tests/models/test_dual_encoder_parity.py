@@ -138,6 +138,7 @@ def test_every_output_is_that_of_transformers(towers):
   assert max(found.values()) <= TOLERANCE, found
 
 
+@pytest.mark.slow
 def test_gradients_of_a_step_are_those_of_transformers(towers):
   family, model, config, params = towers
   images, ids = pictures(config.image.image_size), texts(family)
