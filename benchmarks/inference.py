@@ -23,12 +23,12 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import measure
-from crn_jax import compilation_cache, initial_values, plan
+from crn_jax import compilation_cache, initial_values, plan, pretrained, stages
 from crn_jax.methods import registry
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/fashioniq_dress.py", "Configuration.")
 _BATCH = flags.DEFINE_integer("batch_size", 256, "Images.", lower_bound=1)
-_PART = flags.DEFINE_string("part", "local", "Branch.")
+_PART = flags.DEFINE_string("part", "local", "Branch, of a method that has them.")
 _REPETITIONS = flags.DEFINE_integer("repetitions", 10, "Batches that are timed.", lower_bound=1)
 _TORCH = flags.DEFINE_bool("torch", True, "Measure timm, too, where it is installed.")
 
@@ -41,16 +41,16 @@ def ours(config, images: np.ndarray, part: str, repetitions: int) -> dict:
   """Images a second from uint8 pictures to vectors."""
   method = registry.create(config, plan.VOCABULARY)
   drawn = initial_values.draw(method.init, jax.random.key(config.seed))
-  module = method.branches[part]
-  variables = {collection: tree[part] for collection, tree in drawn.items()}
 
-  @jax.jit
   def encode(variables, pictures):
     pictures = method.preprocessing.normalize(pictures)
-    return module.apply(variables, pictures, train=False, method=module.encode_image).vector
+    if part not in method.parts:  # Of a method without branches.
+      return method.encode_images(variables, pictures)[1]
+    module, own = method.branches[part], {c: tree[part] for c, tree in variables.items()}
+    return module.apply(own, pictures, train=False, method=module.encode_image).vector
 
-  variables, placed = jax.device_put((variables, jnp.asarray(images)), measure.device())
-  traced = encode.trace(variables, placed)
+  variables, placed = jax.device_put((drawn, jnp.asarray(images)), measure.device())
+  traced = jax.jit(encode).trace(variables, placed)
   compiled = traced.lower().compile()
   times = measure.seconds(lambda: compiled(variables, placed), repetitions)
   peak_memory = measure.peak_gib()
@@ -93,7 +93,7 @@ def _line(what: str, config, images: np.ndarray, times: dict) -> dict:
   return {
     "benchmark": "inference",
     "program": what,
-    "backbone": config.model.backbone.name,
+    "backbone": config.model.encoder.get("family") or config.model.backbone.name,
     "dtype": config.model.dtype,
     "batch_size": len(images),
     **times,
@@ -103,11 +103,14 @@ def _line(what: str, config, images: np.ndarray, times: dict) -> dict:
 
 def main(_):
   config = _CONFIG.value
+  pretrained.describe(config)
+  config = stages.fine_tuning(config) or config  # Of two trainings, the one on pictures.
   compilation_cache.enable("none")
   side = config.data.image_size
   images = np.random.default_rng(0).integers(0, 256, (_BATCH.value, side, side, 3), np.uint8)
   print(json.dumps(ours(config, images, _PART.value, _REPETITIONS.value)), flush=True)
-  if not _TORCH.value or not all(map(importlib.util.find_spec, ("torch", "timm"))):
+  known = config.model.backbone.name in _TIMM and not config.model.encoder
+  if not known or not _TORCH.value or not all(map(importlib.util.find_spec, ("torch", "timm"))):
     return
   for compiled in (False, True):
     print(json.dumps(timms(config, images, compiled, _REPETITIONS.value)), flush=True)

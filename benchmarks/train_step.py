@@ -4,7 +4,8 @@ PYTHONPATH=. python benchmarks/train_step.py --config=configs/fashioniq_dress.py
     --config.model.dtype=bfloat16
 
 Prints one line of JSON. Needs JAX, Flax, Optax, Orbax and ml_collections, no data and no weights;
-the parameters are random. Measures one device; config.batch_size is its own.
+the parameters are random. Measures one device; config.batch_size is its own. Methods on towers need
+the description in a folder of weights, or in the configuration (configs/demo.py:clip4cir).
 """
 
 import json
@@ -16,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks import measure
-from crn_jax import compilation_cache, plan, state, training_step
+from crn_jax import compilation_cache, plan, pretrained, stages, state, training_step
 from crn_jax.methods import registry
 from crn_jax.parallel import AXIS, DataParallel
 
@@ -27,8 +28,8 @@ _CACHE = flags.DEFINE_string(
 )
 
 
-def made_up_batch(config, seed: int = 0) -> dict[str, np.ndarray]:
-  """Random pictures with texts that fill all positions, as the loader gives them."""
+def made_up_batch(method, seed: int = 0) -> dict[str, np.ndarray]:
+  """Random pictures with texts that fill all positions, as training gives them to the method."""
   rng = np.random.default_rng(seed)
 
   def values(shape):
@@ -36,7 +37,7 @@ def made_up_batch(config, seed: int = 0) -> dict[str, np.ndarray]:
       return np.ones(shape.shape, bool)
     return rng.integers(0, 256, shape.shape).astype(shape.dtype)  # Of pixels, and of words.
 
-  return {name: values(x) for name, x in training_step.abstract_batch(config).items()}
+  return {name: values(x) for name, x in training_step.abstract_batch(method).items()}
 
 
 def measured(config, steps: int) -> dict:
@@ -45,10 +46,10 @@ def measured(config, steps: int) -> dict:
   parallel = DataParallel.create("shard_map", [measure.device()])
   method = registry.create(config, plan.VOCABULARY, AXIS)
   tx = method.optimizer(steps_per_epoch=1_000, total_steps=1_000_000)
-  current = parallel.replicate(state.initial(method, tx))
+  current = parallel.replicate(state.initial(method, tx, config.model.pretrained))
   jax.block_until_ready(current)
   initialised = time.perf_counter()
-  batch = parallel.shard(made_up_batch(config))
+  batch = parallel.shard(made_up_batch(method))
   traced = training_step.compiled(method, tx, parallel).trace(current, batch)
   lowered = traced.lower()
   lowered_at = time.perf_counter()
@@ -89,6 +90,8 @@ def measured(config, steps: int) -> dict:
 
 def main(_):
   config = _CONFIG.value
+  pretrained.describe(config)
+  config = stages.fine_tuning(config) or config  # Of two trainings, the one on pictures.
   config.model.pretrained = ""
   compilation_cache.enable(_CACHE.value)
   print(json.dumps(measured(config, _STEPS.value)))

@@ -2,9 +2,10 @@
 
 A configuration takes a preset, a backbone or both after a colon, joined by a comma:
 `--config=configs/fashioniq_dress.py:crn_released`, `:swin_base`, `:crn_released,swin_base`. Without
-them they are `crn` and the preset's own backbone. Any field can be changed on the command line:
-`--config.batch_size=32`. What a field may be is checked by `crn_jax/configuration.py`, where a new
-field needs a rule.
+them they are `crn` and the preset's own backbone. `:clip4cir` and `:bank` work on pretrained towers
+and have no backbone: `--config.model.pretrained=FOLDER`. Any field can be changed on the command
+line: `--config.batch_size=32`. What a field may be is checked by `crn_jax/configuration.py`, where
+a new field needs a rule.
 """
 
 import ml_collections
@@ -15,6 +16,8 @@ from crn_jax.models.backbones.registry import BACKBONES
 
 # preset -> backbone that it has unless another is named.
 PRESETS = {"crn": "swin_large", "crn_released": "swin_large", "clvc_net": "resnet50"}
+# Presets of methods on a pair of pretrained towers, which `model.pretrained` names.
+TOWER_PRESETS = ("clip4cir", "bank")
 
 
 def get_config(names: str = "") -> ml_collections.ConfigDict:
@@ -31,7 +34,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.name = "default"  # Names the work directory, runs/<name>.
   # For the record, with the backbone unless it is the preset's own: what they stand for is in the
   # fields below.
-  config.preset = preset if backbone_name == PRESETS[preset] else f"{preset}_{backbone_name}"
+  named = backbone_name != PRESETS.get(preset, backbone_name)
+  config.preset = f"{preset}_{backbone_name}" if named else preset
   config.method = "crn"  # How a model is trained and asked: `crn_jax/methods/registry.py`.
   config.seed = 599
   config.num_epochs = 50
@@ -48,7 +52,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # leaves out the triplets, queries and gallery images that they affect, and counts them.
   data.on_missing = "error"
   # The two captions of an entry: 'joined' to one text (as published), 'both_orders' (two texts),
-  # 'separate' (two texts of one caption). Texts of Shoes and Fashion200k are single captions.
+  # 'separate' (two texts of one caption), 'mixed' (one sentence: 'A and b' is asked; 'a and b', 'b
+  # and a', a or b is drawn for training). Texts of Shoes and Fashion200k are single captions.
   data.captions = "joined"
   # Shoes: 'released' lists most pairs twice, in training and evaluation, as the release and hence
   # the published numbers do; 'unique' lists every pair inside a split once.
@@ -56,9 +61,12 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   data.max_words = 32  # Texts are padded to this and cut beyond it, markers included.
   data.image_size = 224  # Side of the crop that the model sees, in pixels.
   data.resize = 256  # Short side before the crop, in pixels.
+  # Images with a larger ratio of their sides are padded with zeros to it first; None pads none.
+  data.max_ratio = config_dict.placeholder(float)
   data.augment = "random_crop_flip"  # Or 'none': the centre crop, as the release on Shoes.
   # Folder for images that --mode=prepare resizes once; training then reads those. '' decodes files.
   data.prepared = ""
+  data.features = "features"  # Folder in which features of frozen towers are kept.
   data.cache_images = False  # Keep decoded training images in memory: for small sets only.
   # Markers around captions: 'tokens' (BOS, AND, EOS with ids of their own) or 'words' (as the
   # release, whose tokeniser loses them: "bos c0 and c1 eos").
@@ -118,7 +126,11 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 3e-5
-  optimizer.weight_decay = 1e-6  # Coupled: added to the gradient, as PyTorch's Adam does.
+  optimizer.algorithm = "adam"  # Or 'adamw'.
+  # 'adam': added to the gradient, as PyTorch's Adam does; 'adamw': to the update behind Adam.
+  optimizer.weight_decay = 1e-6
+  optimizer.betas = (0.9, 0.999)  # Of the moving averages of gradients and of their squares.
+  optimizer.epsilon = 1e-8  # Added to the root of the second.
   optimizer.schedule = "step"  # 'step' (published) or 'cosine' (to zero at the last step).
   # 'step' multiplies the rate by the factor at epochs 20, 40, ... below max_decay_epoch. The
   # published FashionIQ command sets 20, so that its rate never decays; the release's default, 40,
@@ -133,6 +145,17 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # Evaluate an exponential moving average of the parameters with this decay; 0 does not (as
   # published). Early on the decay is smaller, (1 + step) / (10 + step), to forget the start.
   optimizer.ema_decay = 0.0
+
+  config.clip4cir = ml_collections.ConfigDict({"dropout": 0.5})  # Of the combiner's hidden layers.
+  config.bank = ml_collections.ConfigDict({"temperature": 0.02})  # Divides the cosines.
+
+  # The training before that of 'clip4cir' and 'bank': both towers are trained, so that the sum of
+  # an image's and a text's features is near the target's.
+  config.finetune = finetune = ml_collections.ConfigDict()
+  finetune.num_epochs = 0  # 0 leaves the towers as they are.
+  finetune.batch_size = 128  # Over all devices.
+  finetune.evaluate_every_epochs = 1  # The towers that are best then are those that are taken.
+  finetune.optimizer = ml_collections.ConfigDict(optimizer.to_dict())  # As `optimizer`.
 
   config.parallel = ml_collections.ConfigDict({"mode": "shard_map"})  # Or 'pmap'.
 
@@ -168,19 +191,50 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     config.loss.auxiliary = 0.0
     config.batch_size = 32
     optimizer.learning_rate = 1e-4
+  elif preset in TOWER_PRESETS:
+    _on_towers(config, preset)
   return config
+
+
+def _on_towers(config: ml_collections.ConfigDict, preset: str) -> None:
+  """CLIP4Cir (Baldrati et al., CVPRW 2022); a bank (after SPN4CIR, Feng et al., MM 2024)."""
+  config.method = preset
+  config.model.pretrained = ""  # To be given: the folder of converted towers.
+  data, optimizer = config.data, config.optimizer
+  for name in ("image_size", "resize", "max_words"):  # None: the towers' own, from their files.
+    del data[name]
+    data[name] = config_dict.placeholder(int)
+  data.captions = "mixed"
+  data.max_ratio = 1.25
+  data.augment = "none"
+  config.eval.exclude_reference = False
+  adamw = {"algorithm": "adamw", "weight_decay": 0.01}  # PyTorch's decay unless another is given.
+  if preset == "bank":
+    config.batch_size = 256
+    config.num_epochs = 3
+    optimizer.update(learning_rate=2e-5, **adamw)
+    return
+  config.batch_size = 4096
+  config.num_epochs = 300
+  optimizer.update(learning_rate=2e-5, weight_decay=0.0)
+  config.eval.every_epochs = 10
+  config.finetune.num_epochs = 100
+  config.finetune.optimizer.update(learning_rate=2e-6, epsilon=1e-7, **adamw)
 
 
 def parse_names(names: str) -> tuple[str, str]:
   """'clvc_net', 'swin_base', 'crn_released,swin_base' or '' -> preset and backbone."""
   words = [word for word in names.split(",") if word]
+  if len(words) == 1 and words[0] in TOWER_PRESETS:
+    return words[0], PRESETS["crn"]
   presets = [word for word in words if word in PRESETS]
   backbones = [word for word in words if word in BACKBONES]
   if len(presets) > 1 or len(backbones) > 1 or len(presets) + len(backbones) < len(words):
     # Not a ValueError, to which the configuration's parser adds a traceback.
     raise flags.IllegalFlagValueError(
       f"{names!r} after the configuration's colon: expected a preset ({', '.join(PRESETS)}), a "
-      f"backbone ({', '.join(BACKBONES)}), or one of each with a comma between them"
+      f"backbone ({', '.join(BACKBONES)}), one of each with a comma between them, or a preset "
+      f"without a backbone ({', '.join(TOWER_PRESETS)})"
     )
   preset = presets[0] if presets else "crn"
   return preset, backbones[0] if backbones else PRESETS[preset]

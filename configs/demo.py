@@ -1,6 +1,7 @@
 """A small CRN on the synthetic demo data set: a few minutes on two CPU cores.
 
 python main.py --config=configs/demo.py
+python main.py --config=configs/demo.py:clip4cir   # Tiny towers, trained from random values.
 """
 
 import ml_collections
@@ -25,6 +26,11 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   data.resize = 64
   data.augment = "none"
   data.cache_images = True
+  config.eval.batch_size = 128
+  config.eval.every_epochs = 4
+  if names in default.TOWER_PRESETS:
+    _on_towers(config)
+    return config
 
   model = config.model
   model.pretrained = ""
@@ -56,7 +62,44 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   optimizer.warmup_steps = 50
   optimizer.clip_norm = 1.0
   optimizer.logit_scale_rate = 30.0
-
-  config.eval.batch_size = 128
-  config.eval.every_epochs = 4
   return config
+
+
+def _on_towers(config: ml_collections.ConfigDict) -> None:
+  """Towers that are trained from random values before the preset's own training."""
+  sizes = {
+    "width": 64, "depth": 2, "heads": 2, "mlp_dim": 256, "activation": "quick_gelu", "epsilon": 1e-5
+  }  # fmt: skip
+  config.model.encoder = ml_collections.ConfigDict({
+    "family": "clip",
+    "image": {**sizes, "patch_size": 16, "image_size": config.data.image_size,
+              "pooling": "class_token"},
+    # Texts are read as rows of the word table, whose end mark is 3.
+    "text": {**sizes, "vocab_size": 512, "length": config.data.max_words, "pooling": "end",
+             "end_id": 3},
+    "vector_dim": 64,
+    "project_image": True,
+    "project_text": True,
+    "project_bias": False,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "interpolation": "bicubic",
+  })  # fmt: skip
+  config.eval.exclude_reference = True  # As the other presets here.
+  finetune = config.finetune
+  finetune.num_epochs = 16
+  finetune.batch_size = 64
+  finetune.evaluate_every_epochs = 8
+  finetune.optimizer.update(
+    algorithm="adamw", learning_rate=1e-3, weight_decay=0.01, schedule="cosine", warmup_steps=50,
+    clip_norm=1.0,
+  )  # fmt: skip
+  if config.method == "clip4cir":
+    config.num_epochs = 40
+    config.batch_size = 256
+    config.optimizer.learning_rate = 1e-3
+    config.eval.every_epochs = 10
+  else:
+    config.num_epochs = 3
+    config.batch_size = 64
+    config.optimizer.learning_rate = 1e-4

@@ -19,8 +19,8 @@ from crn_jax.input_pipeline.loader import AUGMENTATIONS
 from crn_jax.input_pipeline.readers import fashioniq, shoes
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
-from crn_jax.methods import zero_shot
-from crn_jax.methods.registry import METHODS
+from crn_jax.methods import optimizer, zero_shot
+from crn_jax.methods.registry import METHODS, uses_features
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
 from crn_jax.models.preprocessing import INTERPOLATIONS
@@ -28,7 +28,7 @@ from crn_jax.retrieval import metrics
 from crn_jax.workdir import run
 
 # Fields whose leading ~ stands for the home folder; the shell leaves it in --config.data.root=~/x.
-PATHS = ("data.root", "data.prepared", "model.pretrained")
+PATHS = ("data.root", "data.prepared", "data.features", "model.pretrained")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,10 @@ RULES: dict[str, Rule | Choice] = {
   "data.max_words": integer(3),  # Two markers and a word.
   "data.image_size": integer(1),
   "data.resize": integer(1),
+  "data.max_ratio": optional(number("of 1 or more", lambda x: x >= 1)),
   "data.augment": Choice(AUGMENTATIONS),
   "data.prepared": TEXT,
+  "data.features": NAME,
   "data.cache_images": TRUTH,
   "data.markers": Choice(MARKERS),
   "model.backbone.name": Choice(BACKBONES),
@@ -153,7 +155,10 @@ RULES: dict[str, Rule | Choice] = {
   "loss.modification": NOT_NEGATIVE,
   "loss.auxiliary": NOT_NEGATIVE,
   "optimizer.learning_rate": POSITIVE,
+  "optimizer.algorithm": Choice(optimizer.ALGORITHMS),
   "optimizer.weight_decay": NOT_NEGATIVE,
+  "optimizer.betas": several(SHARE, "two numbers of 0 or more, below 1", lambda x: len(x) == 2),
+  "optimizer.epsilon": POSITIVE,
   "optimizer.schedule": Choice(("step", "cosine")),
   "optimizer.decay_every_epochs": integer(1),
   "optimizer.decay_factor": POSITIVE,
@@ -163,6 +168,11 @@ RULES: dict[str, Rule | Choice] = {
   "optimizer.logit_scale_rate": NOT_NEGATIVE,
   "optimizer.backbone_rate": NOT_NEGATIVE,
   "optimizer.ema_decay": SHARE,
+  "clip4cir.dropout": SHARE,
+  "bank.temperature": POSITIVE,
+  "finetune.num_epochs": integer(0),
+  "finetune.batch_size": integer(1),
+  "finetune.evaluate_every_epochs": integer(1),
   "parallel.mode": Choice(("shard_map", "pmap")),
   "eval.batch_size": integer(1),
   "eval.every_epochs": integer(1),
@@ -184,6 +194,8 @@ RULES: dict[str, Rule | Choice] = {
     lambda x: not x or (len(x) == 2 and x[0] <= x[1]),
   ),
 }
+
+RULES |= {f"finetune.{name}": r for name, r in RULES.items() if name.startswith("optimizer.")}
 
 
 def protocols(dataset: str) -> tuple[str, ...]:
@@ -208,6 +220,11 @@ def _crop(resize: int, image_size: int) -> str | None:
   return None if resize >= image_size else "a short side that the crop fits into"
 
 
+def _unprepared(prepared: str, max_ratio: float) -> str | None:
+  del max_ratio
+  return "'', as prepared images are not padded" if prepared else None
+
+
 def _patches(image_size: int, patch_size: int) -> str | None:
   return "a multiple of the patch size" if image_size % patch_size else None
 
@@ -221,6 +238,12 @@ def _heads(embed_dim: int, num_heads: tuple) -> str | None:
   if any(width % heads for width, heads in zip(widths, num_heads, strict=True)):
     return f"the stages' widths, {widths}, to be multiples of their heads"
   return None
+
+
+def _towers(pretrained: str, epochs: int) -> str | None:
+  if pretrained or epochs:
+    return None
+  return "the folder of pretrained towers, or epochs to train them from random values"
 
 
 def _protocol(best_metric: str, dataset: str) -> str | None:
@@ -244,6 +267,7 @@ def _losses(*weights: float) -> str | None:
 
 AGREEMENTS = (
   Agreement(("data.resize", "data.image_size"), _crop),
+  Agreement(("data.prepared", "data.max_ratio"), _unprepared),
   Agreement(("eval.best_metric", "data.dataset"), _protocol),
   Agreement(("eval.best_metric", "eval.recall_at", "data.dataset"), _metric),
 )
@@ -254,6 +278,9 @@ BACKBONE_AGREEMENTS = (
   Agreement(("model.backbone.depths", "model.backbone.num_heads"), _stages),
   Agreement(("model.backbone.embed_dim", "model.backbone.num_heads"), _heads),
 )
+
+# Of methods on features of frozen towers.
+FEATURE_AGREEMENTS = (Agreement(("model.pretrained", "finetune.num_epochs"), _towers),)
 
 # Of CRN, on a backbone or towers; Inception units want these multiples, see `InceptionUnit`.
 CRN_AGREEMENTS = (
@@ -333,6 +360,7 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
     yield from _foreign_sizes(valid)
     valid |= _named_sizes(valid)
   agreements = AGREEMENTS + (BACKBONE_AGREEMENTS if has_backbone else ())
+  agreements += FEATURE_AGREEMENTS if "method" in valid and uses_features(valid["method"]) else ()
   agreements += CRN_AGREEMENTS if fields.get("method") in ("crn", "crn_towers") else ()
   for agreement in agreements:
     values = [valid.get(name) for name in agreement.fields]

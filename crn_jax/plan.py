@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from jax.extend import core
 
-from crn_jax import state, training_step
+from crn_jax import stages, state, training_step
 from crn_jax.methods import registry
 from crn_jax.parallel import AXIS, DataParallel
 
@@ -110,13 +110,14 @@ def plan(config: ml_collections.ConfigDict, *, as_json: bool = False) -> str:
 
 
 def create(config: ml_collections.ConfigDict) -> Needs:
-  """See `plan`."""
+  """See `plan`. Of a training with another one before it, the one before: it needs more."""
+  config = stages.fine_tuning(config) or config
   # Both modes compute the same; only this one can be compiled for shapes.
   parallel = DataParallel.create("shard_map", jax.devices()[:1])
   method = registry.create(config, VOCABULARY, AXIS)
   like = state.abstract(method)
   tx = method.optimizer(steps_per_epoch=1, total_steps=1)
-  batch = training_step.abstract_batch(config)
+  batch = training_step.abstract_batch(method)
   traced = training_step.compiled(method, tx, parallel).trace(like, batch)
   device = parallel.devices[0]
   print(f"compiling the step for {device.device_kind} ...", file=sys.stderr, flush=True)

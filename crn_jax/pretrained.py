@@ -9,7 +9,7 @@ from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers import pretrained
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.input_pipeline.tokenizers.pretrained import PretrainedTokenizer
-from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.input_pipeline.tokenizers.words import EOS, Vocabulary
 from crn_jax.methods.registry import METHODS
 from crn_jax.models.dual_encoder import DualEncoderConfig
 from crn_jax.workdir import weights
@@ -76,15 +76,19 @@ def new_tokenizer(config: ml_collections.ConfigDict, captions: Iterable[str]) ->
 
   Args:
     config: the whole configuration.
-    captions: of the training data; of no use for towers.
+    captions: of the training data; of no use for pretrained towers.
 
   Raises:
-    UserError: if the folder of the towers has no tokenizer that can be read.
+    UserError: if the folder of the towers has no tokenizer that can be read, or towers without a
+      folder cannot read words.
   """
-  if not uses_towers(config):
-    return Vocabulary.build(
+  if not uses_towers(config) or not config.model.pretrained:
+    words = Vocabulary.build(
       captions, markers=config.data.markers, max_words=config.data.max_words
     )  # fmt: skip
+    if uses_towers(config):
+      _check_words(words, config.model.encoder.text)
+    return words
   folder = pathlib.Path(config.model.pretrained) / pretrained.FOLDER
   lower_case = config.model.encoder.family == "siglip"
   found = PretrainedTokenizer(folder, config.data.max_words, lower_case)
@@ -95,3 +99,46 @@ def new_tokenizer(config: ml_collections.ConfigDict, captions: Iterable[str]) ->
       f"together"
     )
   return found
+
+
+def _check_words(words: Vocabulary, tower: ml_collections.ConfigDict) -> None:
+  """Raises UserError unless a text tower that starts from random values can read a word table."""
+  if len(words) > tower.vocab_size:
+    raise UserError(
+      f"model.encoder.text.vocab_size = {tower.vocab_size}: the captions have {len(words)} words; "
+      f"name the folder of pretrained towers with model.pretrained, or a larger number"
+    )
+  if words.markers != "tokens" or (tower.pooling, tower.end_id) != ("end", EOS):
+    raise UserError(
+      f"model.encoder.text: towers that start from random values read words whose end is {EOS}; "
+      f"expected pooling 'end', end_id {EOS} and data.markers 'tokens', got {tower.pooling!r}, "
+      f"{tower.end_id} and {words.markers!r}"
+    )
+
+
+def save(
+  config: ml_collections.ConfigDict,
+  params: dict,
+  step: int,
+  workdir: pathlib.Path,
+  folder: pathlib.Path,
+) -> None:
+  """Writes trained towers as a folder for `model.pretrained`.
+
+  Args:
+    config: of the run.
+    params: of the towers.
+    step: of the checkpoint that they come from.
+    workdir: of the run; its tokenizer's files are copied.
+    folder: to write.
+  """
+  towers = DualEncoderConfig.from_dict(config.model.encoder.to_dict())
+  towers = towers.with_image_size(config.data.image_size)
+  metadata = {
+    "kind": f"{towers.family} towers, fine-tuned",
+    "architecture": {"module": "DualEncoder", **towers.to_dict()},
+    "source": {"run": config.name, "step": step},
+  }
+  files = workdir / pretrained.FOLDER
+  beside = {f"{pretrained.FOLDER}/{name}": files / name for name in pretrained.found_files(files)}
+  weights.save_backbone({"params": params}, metadata, folder, beside=beside)

@@ -9,29 +9,55 @@ import numpy as np
 from crn_jax import initial_values
 from crn_jax.errors import UserError
 from crn_jax.methods.base import Method, TrainState, Variables
+from crn_jax.methods.encoder import EncoderMethod
 from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import registry, stacking
 from crn_jax.models.dual_encoder import DualEncoderConfig
 from crn_jax.workdir import weights
 
 
-def initial(method: Method, tx) -> TrainState:
+def initial(method: Method, tx, folder: str) -> TrainState:
   """The state before the first update: random values from `config.seed`.
 
-  Backbones, or towers, start from `config.model.pretrained`, if it is set; see `check_pretrained`
-  for what is raised.
+  Args:
+    method: what is trained.
+    tx: optimizer of a part.
+    folder: that backbones, or towers, start from; '' for random values.
+
+  Raises:
+    UserError: if the folder holds other weights.
   """
-  return of_variables(method, tx, initial_variables(method))
+  return of_variables(method, tx, initial_variables(method, folder))
 
 
-def initial_variables(method: Method) -> Variables:
+def initial_variables(method: Method, folder: str) -> Variables:
   """What a state begins with, see `initial`."""
-  key, folder = jax.random.key(method.config.seed), method.config.model.pretrained
+  key = jax.random.key(method.config.seed)
   if not folder:
     return initial_values.draw(method.init, key)
-  check_pretrained(method.config)
   variables = initial_values.draw(method.init, key, without=(method.pretrained,))
-  return with_pretrained(variables, folder, method.pretrained)
+  if isinstance(method, EncoderMethod):
+    return _with_towers(method, variables, folder)
+  return with_pretrained(variables, folder)
+
+
+def towers(method: EncoderMethod, folder: str) -> dict:
+  """Parameters of both towers, NumPy, from a folder of weights.
+
+  Raises:
+    UserError: if it holds others than the method's.
+  """
+  like = jax.eval_shape(method.init_encoder, jax.random.key(0))
+  return weights.load_backbone(folder, {"params": like})["params"]
+
+
+def _with_towers(method: EncoderMethod, variables: Variables, folder: str) -> Variables:
+  """Variables with what every part has of the towers from a folder of weights."""
+  own = [tree for tree in variables["params"].values() if "encoder" in tree]
+  loaded = towers(method, folder) if own else {}
+  for tree in own:
+    tree["encoder"] = {name: loaded[name] for name in tree["encoder"]}
+  return variables
 
 
 def of_variables(method: Method, tx, variables: Variables) -> TrainState:
@@ -46,17 +72,17 @@ def abstract(method: Method) -> TrainState:
   return jax.eval_shape(lambda: of_variables(method, tx, method.init(jax.random.key(0))))
 
 
-def with_pretrained(variables: Variables, folder: str, name: str = "backbone") -> Variables:
-  """Variables with the module `name` of every part from a folder of converted weights.
+def with_pretrained(variables: Variables, folder: str) -> Variables:
+  """Variables with the backbone of every part from a folder of converted weights.
 
-  Only the shapes of the modules that are there matter.
+  Only the shapes of the backbones that are there matter.
   """
   for part in variables["params"]:
-    own = {c: tree[part] for c, tree in variables.items() if name in tree[part]}
+    own = {c: tree[part] for c, tree in variables.items() if "backbone" in tree[part]}
     if own:
-      loaded = weights.load_backbone(folder, {c: tree[name] for c, tree in own.items()})
+      loaded = weights.load_backbone(folder, {c: tree["backbone"] for c, tree in own.items()})
       for collection, tree in own.items():
-        tree[name] = loaded[collection]
+        tree["backbone"] = loaded[collection]
   return variables
 
 
@@ -68,10 +94,10 @@ def check_pretrained(config: ml_collections.ConfigDict) -> None:
       backbone, or of other pictures, than `config.model.backbone`.
   """
   path = config.model.pretrained
+  if not path:
+    return
   if METHODS[config.method].pretrained == "encoder":
     _check_towers(config)
-    return
-  if not path:
     return
   if not pathlib.Path(path).exists():
     raise UserError(

@@ -14,12 +14,11 @@ import jax
 import ml_collections
 import numpy as np
 
-from crn_jax import configuration, pretrained, state
+from crn_jax import configuration, feature_training, pretrained, state
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile, SubmissionSpec
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers import base as tokenizers
-from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import registry
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval import ranking
@@ -48,7 +47,7 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   """
   workdir = pathlib.Path(workdir)
   configuration.check(config, eval_devices=jax.device_count())
-  _spec(config)  # Before anything is read.
+  spec = _spec(config)  # Before anything is read.
   parallel = DataParallel.create(config.parallel.mode)
   trains = registry.METHODS[config.method].trains
   if trains:
@@ -59,35 +58,18 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
     run.check_folder(workdir)
     tokenizer = pretrained.new_tokenizer(config, captions=())
     state.check_pretrained(config)
+  dataset = spec.read(config.data)
   method = registry.create(config, len(tokenizer), AXIS)
-  encoder = Encoder.create(method, parallel)
   if trains:
+    encoder = feature_training.encoder_of_run(method, parallel, dataset, tokenizer, workdir)
     step, variables = _restore(workdir, which, method)
     answered_by = f"the {which} checkpoint (step {step})"
   else:
-    variables = state.initial_variables(method)
+    encoder = Encoder.create(method, parallel)
+    variables = state.initial_variables(method, config.model.pretrained)
     answered_by = f"{config.model.pretrained}, without any training"
-  return submit_with(encoder, parallel.replicate(variables), tokenizer, workdir, answered_by)
-
-
-def submit_with(
-  encoder: Encoder, variables, vocabulary: Tokenizer, workdir: pathlib.Path, answered_by: str
-) -> str:
-  """Answers the queries of the server of the encoder's configuration, and writes its files.
-
-  Args:
-    encoder: compiled encoders.
-    variables: {'params', 'batch_stats'}, placed by the encoder's `parallel.replicate`.
-    vocabulary: by which texts are read.
-    workdir: gets `submission/`.
-    answered_by: the model in words.
-
-  Returns, Raises: see `submit`.
-  """
-  config = encoder.method.config
-  spec = _spec(config)
-  (split,) = spec.read(config.data).evals
-  encoded = encoder.encode(variables, split, vocabulary)
+  (split,) = dataset.evals
+  encoded = encoder.encode(parallel.replicate(variables), split, tokenizer)
   contents = answers(split, encoded.composed, encoded.images, spec.files)
   paths = write(contents, split, workdir / "submission")
   return "\n".join(

@@ -4,13 +4,22 @@ import dataclasses
 import functools
 import os
 import pathlib
+import signal
 from collections.abc import Iterator
 
 import jax
 import ml_collections
 import optax
 
-from crn_jax import configuration, evaluate, pretrained, state, training_step
+from crn_jax import (
+  configuration,
+  evaluate,
+  feature_training,
+  pretrained,
+  stages,
+  state,
+  training_step,
+)
 from crn_jax.errors import UserError
 from crn_jax.evaluate import Evaluation
 from crn_jax.input_pipeline import loader
@@ -22,10 +31,12 @@ from crn_jax.input_pipeline.tokenizers import base as tokenizers
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
+from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
 from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.features import FeatureEncoder, Features
 from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
 from crn_jax.workdir.interrupt import Interrupted, Interruption
@@ -38,6 +49,8 @@ def train(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike, *, overwrite: bool = False
 ) -> str:
   """Trains in `workdir`, continuing from its last checkpoint if there is one, and evaluates.
+
+  A training that comes before it (`stages`) is done first, or continued, in a folder inside.
 
   Args:
     config: see `configs/default.py`.
@@ -54,23 +67,23 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   training = Training.prepare(config, workdir, overwrite=overwrite)
-  print(training.describe())
+  first = stages.fine_tuning(config)
+  before = first and Training.prepare(
+    first, workdir / stages.FOLDER, overwrite=overwrite, dataset=training.dataset
+  )
   workdir.mkdir(parents=True, exist_ok=True)
   with lock(workdir):
     if overwrite:
       run.remove(workdir)
     training.save_facts()
-    try:
-      return training.run()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      raise UserError(
-        f"out of memory on {training.parallel.devices[0].device_kind}: "
-        f"{str(error).splitlines()[0]}\nA lower batch_size or data.image_size, "
-        f"model.dtype=bfloat16 or a smaller backbone needs less; as long as {workdir} holds no "
-        f"checkpoint any of them may be changed there"
-      ) from error
+    weights_folder = pathlib.Path(stages.towers(config, workdir))
+    if before is not None and not weights_folder.exists():
+      before.workdir.mkdir(exist_ok=True)
+      with lock(before.workdir):
+        before.save_facts()
+        print(before.run())
+        before.export_towers(weights_folder)
+    return training.run()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +96,7 @@ class Training:
     resumes: whether it continues from a checkpoint.
     parallel: layout over devices.
     dataset, vocabulary: what it trains on.
-    method, tx, encoder: what is trained, by which optimizer, and how it is evaluated.
+    method, tx: what is trained, and by which optimizer.
     plan: what is due at which step.
   """
 
@@ -95,14 +108,22 @@ class Training:
   vocabulary: Tokenizer
   method: Method
   tx: optax.GradientTransformation
-  encoder: Encoder
   plan: "Plan"
 
   @classmethod
   def prepare(
-    cls, config: ml_collections.ConfigDict, workdir: pathlib.Path, *, overwrite: bool
+    cls,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    *,
+    overwrite: bool,
+    dataset: Dataset | None = None,
   ) -> "Training":
     """Checks everything that can be checked before the first step; writes nothing.
+
+    Args:
+      config, workdir, overwrite: see `train`.
+      dataset: if it was opened already.
 
     Raises:
       UserError: see `train`.
@@ -121,7 +142,8 @@ class Training:
     else:
       state.check_pretrained(config)
     registry.create(config, vocab_size=1)  # Before data are read, for its errors.
-    dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
+    if dataset is None:
+      dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
     if resumes:  # A converted model has other words than the data.
       run.check_data(dataset.fingerprint, workdir)
       vocabulary = tokenizers.load(workdir / "vocab.json")
@@ -130,10 +152,30 @@ class Training:
     plan = Plan.create(config, len(dataset.train.triplets))
     method = registry.create(config, len(vocabulary), AXIS)
     tx = method.optimizer(plan.steps_per_epoch, plan.total_steps)
-    encoder = Encoder.create(method, parallel)
-    return cls(
-      config, workdir, resumes, parallel, dataset, vocabulary, method, tx, encoder, plan
-    )  # fmt: skip
+    return cls(config, workdir, resumes, parallel, dataset, vocabulary, method, tx, plan)
+
+  @property
+  def towers(self) -> str:
+    """Folder of the weights that training starts from, or whose features it learns on."""
+    return stages.towers(self.config, self.workdir)
+
+  @functools.cached_property
+  def features(self) -> Features:
+    """Of a `FeatureMethod`: the features that it learns on; computed where they are not kept."""
+    try:
+      return feature_training.open_features(
+        self.method, self.parallel, self.dataset, self.vocabulary, self.workdir, begins=True
+      )
+    except KeyboardInterrupt:  # What was computed is kept.
+      step = max(checkpoint.steps(self.workdir / "checkpoints"), default=0)
+      raise Interrupted(step, signal.SIGINT) from None
+
+  @functools.cached_property
+  def encoder(self) -> Encoder | FeatureEncoder:
+    """How the method is evaluated."""
+    if isinstance(self.method, FeatureMethod):
+      return FeatureEncoder.create(self.method, self.parallel, self.features)
+    return Encoder.create(self.method, self.parallel)
 
   @functools.cached_property
   def abstract_state(self) -> TrainState:
@@ -169,7 +211,30 @@ class Training:
     self.vocabulary.save(self.workdir / "vocab.json")
 
   def run(self) -> str:
-    """Trains to the last step, evaluates and draws; see `train`."""
+    """Says what is to be done, trains to the last step, evaluates and draws; see `train`."""
+    print(self.describe())
+    try:
+      return self._run()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      raise UserError(
+        f"out of memory on {self.parallel.devices[0].device_kind}: "
+        f"{str(error).splitlines()[0]}\nA lower batch_size or data.image_size, "
+        f"model.dtype=bfloat16 or a smaller backbone needs less; as long as {self.workdir} holds "
+        f"no checkpoint any of them may be changed there"
+      ) from error
+
+  def export_towers(self, folder: pathlib.Path) -> None:
+    """Writes the towers of the best checkpoint as a folder of weights."""
+    with CheckpointReader(self.workdir / "checkpoints") as checkpoints:
+      step = checkpoints.best_step()
+      params = _evaluated(self.abstract_state)
+      fields = checkpoints.restore_fields(step, self.abstract_state, (params,))
+    (part,) = self.method.parts
+    pretrained.save(self.config, fields[params][part]["encoder"], step, self.workdir, folder)
+
+  def _run(self) -> str:
     with Checkpoints(self.workdir / "checkpoints") as checkpoints:
       start_state = self._start_state(checkpoints)
       start = int(start_state.step)
@@ -200,7 +265,7 @@ class Training:
           f"with --mode=eval"
         )
       return restored
-    initial = state.initial(self.method, self.tx)
+    initial = state.initial(self.method, self.tx, self.towers)
     checkpoints.check_space(initial)
     return initial
 
@@ -214,18 +279,18 @@ class Training:
     batches = self._batches(start)
     with (
       logs.Log(self.workdir, start) as log,
-      Progress(config, start, plan.total_steps, plan.steps_per_epoch) as progress,
+      Progress(config, start, plan.total_steps, plan.steps_per_epoch, plan.stride) as progress,
       Interruption() as interruption,
       Profile(self.workdir, config.profile_steps) as profile,
     ):
-      for step in range(start + 1, plan.total_steps + 1):
+      for step in range(start + plan.stride, plan.total_steps + 1, plan.stride):
         profile.before(step)
         placed, metrics = train_step(placed, next(batches))
         profile.after(step, metrics)
         progress.stepped(metrics)
-        signal = interruption.signal  # Once: it may come at any moment.
+        stop = interruption.signal  # Once: it may come at any moment.
         epoch = step / plan.steps_per_epoch
-        if plan.logs(step) or signal:
+        if plan.logs(step) or stop:
           values = progress.read(self.parallel, checkpoints.steps())
           values["learning_rate"] = float(schedule(step - 1))
           log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
@@ -236,15 +301,20 @@ class Training:
           metric, results = evaluation.results.best_value, evaluation.results.to_json()
           log.scalars(step, epoch, evaluation.results.scalars())
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-        if plan.saves(step) or signal:
+        if plan.saves(step) or stop:
           checkpoints.save(self.parallel.fetch(placed), metric, results)
-        if signal and step < plan.total_steps:
+        if stop and step < plan.total_steps:
           checkpoints.require(step)
-          raise Interrupted(step, signal)
+          raise Interrupted(step, stop)
     return placed, evaluation
 
   def _batches(self, start: int) -> Iterator:
     """Device batches of steps start .. total_steps - 1."""
+    if isinstance(self.method, FeatureMethod):
+      return feature_training.batches(
+        self.method, self.parallel, self.dataset.train, self.vocabulary, self.features.train,
+        start, self.plan.total_steps,
+      )  # fmt: skip
     data = self.config.data
     batches = loader.train_batches(
       self.dataset.train,
@@ -254,6 +324,7 @@ class Training:
       resize=data.resize,
       augmentation=data.augment,
       interpolation=self.method.preprocessing.interpolation,
+      max_ratio=data.max_ratio,
       seed=self.config.seed,
       start_step=start,
       num_steps=self.plan.total_steps,
@@ -282,17 +353,21 @@ class Training:
     """Where the parameters come from; the order is that of docs/weights.md."""
     if self.resumes:
       return f"the last checkpoint in {self.workdir / 'checkpoints'}"
-    if self.config.model.pretrained:
+    if self.towers:
       what = {"backbone": "backbones", "encoder": "towers"}[self.method.pretrained]
-      return f"{what} from {self.config.model.pretrained} (model.pretrained), the rest random"
+      return f"{what} from {self.towers}, the rest random"
     return "random"
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What is due at which step; steps count from 1, as updates done."""
+  """What is due at which step; steps count from 1, as updates done.
+
+  Where several steps are done at once (`stride`), what falls between them is due behind them.
+  """
 
   steps_per_epoch: int
+  stride: int
   total_steps: int
   evaluate_every: int
   save_every: int
@@ -302,8 +377,10 @@ class Plan:
   def create(cls, config: ml_collections.ConfigDict, n_triplets: int) -> "Plan":
     """From the whole configuration and the number of training triplets."""
     per_epoch = loader.steps_per_epoch(n_triplets, config.batch_size)
+    scans = registry.uses_features(config.method) and registry.METHODS[config.method].scans_epoch
     return cls(
       per_epoch,
+      per_epoch if scans else 1,
       per_epoch * config.num_epochs,
       per_epoch * config.eval.every_epochs,
       config.checkpoint_every_steps,
@@ -311,13 +388,17 @@ class Plan:
     )
 
   def evaluates(self, step: int) -> bool:
-    return step == self.total_steps or step % self.evaluate_every == 0
+    return step == self.total_steps or self._passes(step, self.evaluate_every)
 
   def saves(self, step: int) -> bool:
-    return self.evaluates(step) or step % self.save_every == 0
+    return self.evaluates(step) or self._passes(step, self.save_every)
 
   def logs(self, step: int) -> bool:
-    return self.saves(step) or step % self.log_every == 0
+    return self.saves(step) or self._passes(step, self.log_every)
+
+  def _passes(self, step: int, every: int) -> bool:
+    """Whether one of the steps just done is a multiple of `every`."""
+    return step // every > (step - self.stride) // every
 
 
 def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which: str) -> str:
@@ -348,9 +429,9 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   vocabulary = tokenizers.load(workdir / "vocab.json")
   dataset = open_dataset(config.data, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
-  encoder = Encoder.create(method, parallel)
+  encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
   like = state.abstract(method)
-  params = "average" if like.average else "params"
+  params = _evaluated(like)
   evaluations = {}
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
@@ -405,11 +486,16 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   for line in remarks(dataset, vocabulary, config.seed):
     print(line)
   encoder = Encoder.create(method, parallel)
-  variables = parallel.replicate(state.initial_variables(method))
+  variables = parallel.replicate(state.initial_variables(method, config.model.pretrained))
   evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, 0, "untrained")
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
+
+
+def _evaluated(state: TrainState) -> str:
+  """The field of a state whose parameters are evaluated."""
+  return "average" if state.average else "params"
 
 
 def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import optax
 
 from crn_jax.methods.base import Method
+from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import REPLICATED, DataParallel
 
 
@@ -26,9 +26,17 @@ def compiled(method: Method, tx: optax.GradientTransformation, parallel: DataPar
   return parallel.map(step, (REPLICATED, REPLICATED), donate_first=True)
 
 
-def abstract_batch(config: ml_collections.ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes and dtypes of a batch over all devices, as the loader gives it."""
+# Images, and texts, of a training on features whose data are not known: about as many as FashionIQ
+# has.
+_TABLE_ROWS = 50_000
+
+
+def abstract_batch(method: Method) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes and dtypes of a batch over all devices, as training gives it; of one update."""
+  config = method.config
   n, data = config.batch_size, config.data
+  if isinstance(method, FeatureMethod):
+    return method.abstract_batch(n, _TABLE_ROWS)
   picture = jax.ShapeDtypeStruct((n, data.image_size, data.image_size, 3), jnp.uint8)
   return {
     "reference": picture,

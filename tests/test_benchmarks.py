@@ -15,11 +15,15 @@ ROOT = pathlib.Path(__file__).parents[1]
 ABSENT = ("tensorflow", "tensorflow_datasets", "clu", "tensorboard", "transformers", "jinja2")
 
 
-def run(tmp_path, name: str, *args) -> dict:
-  (tmp_path / "tiny.py").write_text(
-    "from tests import tiny_model\n\n\ndef get_config():\n  c = tiny_model.config()\n"
-    "  c.name = 'tiny'\n  return c\n"
-  )
+CRN = "from tests import tiny_model\n\n\ndef get_config():\n  return tiny_model.config()\n"
+TOWERS = (
+  "from tests import tiny_towers\n\n\ndef get_config():\n"
+  "  return tiny_towers.config('nowhere', '{preset}')\n"
+)
+
+
+def run(tmp_path, name: str, *args, config: str = CRN) -> dict:
+  (tmp_path / "tiny.py").write_text(config)
   for module in ABSENT:
     (tmp_path / f"{module}.py").write_text(f"raise ImportError('{module}')\n")
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -44,6 +48,22 @@ def test_a_step_is_measured(tmp_path):
   )
   assert found["lower_seconds"] > 0 < found["compile_seconds"]
   assert found["stablehlo_lines"] > 1_000
+
+
+@pytest.mark.parametrize("changes", [(), ("--config.finetune.num_epochs=0",)])
+@pytest.mark.parametrize("preset", ["clip4cir", "bank"])
+def test_a_step_of_towers_and_of_features_is_measured(tmp_path, preset, changes):
+  config = TOWERS.format(preset=preset)
+  found = run(tmp_path, "train_step.py", "--steps=1", *changes, config=config)
+  assert found["finite"]
+  assert found["share_of_products"] > 0
+
+
+def test_encoding_by_towers_is_measured(tmp_path):
+  config = TOWERS.format(preset="clip4cir")
+  found = run(tmp_path, "inference.py", "--batch_size=4", "--repetitions=2", config=config)
+  assert found["backbone"] == "clip"
+  assert found["images_per_second"] > 0
 
 
 def test_encoding_is_measured(tmp_path):

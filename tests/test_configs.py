@@ -13,11 +13,12 @@ from absl import flags
 
 from configs import default, zero_shot
 from configs import run as saved
-from crn_jax import configuration
+from crn_jax import configuration, pretrained, stages
 from crn_jax.convert import release
+from crn_jax.methods import registry as methods
 from crn_jax.models.backbones import registry
 from crn_jax.workdir import run
-from tests import torch_cpu  # noqa: F401 (before timm, which imports torchvision)
+from tests import tiny_towers, torch_cpu  # noqa: F401 (before timm, which imports torchvision)
 
 import timm as timm_models  # isort: skip
 
@@ -109,6 +110,28 @@ def test_zero_shot_takes_a_data_set_and_leaves_sizes_to_the_towers(name):
 def test_zero_shot_refuses_other_names_in_one_line_with_the_choices():
   with pytest.raises(flags.IllegalFlagValueError, match="'shoe' after .* fashioniq_all, .*shoes"):
     zero_shot.get_config("shoe")
+
+
+@pytest.mark.parametrize("preset", default.TOWER_PRESETS)
+@pytest.mark.parametrize("name", ["fashioniq_all", "shoes", "fashion200k", "demo"])
+def test_a_preset_on_towers_can_be_used_with_every_data_set(name, preset):
+  config = importlib.import_module(f"configs.{name}").get_config(preset)
+  assert (config.preset, config.name) == (preset, f"{name}_{preset}")
+  if not config.model.encoder:  # As of a folder of towers.
+    config.model.encoder = tiny_towers.description(image_size=224, length=77)
+    config.model.pretrained = "somewhere"
+  pretrained.describe(config)
+  configuration.check(config)
+  method = methods.create(config, vocab_size=100)
+  assert method.vector_dim == config.model.encoder.vector_dim
+  if first := stages.fine_tuning(config):
+    configuration.check(first)
+
+
+@pytest.mark.parametrize("names", ["clip4cir,swin_base", "crn,bank", "clip4cir,bank"])
+def test_a_preset_on_towers_has_no_backbone(names):
+  with pytest.raises(flags.IllegalFlagValueError, match="a preset without a backbone .clip4cir, "):
+    default.get_config(names)
 
 
 def test_the_order_does_not_matter():

@@ -107,6 +107,6 @@ def test_a_pretrained_backbone_is_not_drawn(tmp_path):
   weights.save_backbone({"params": saved}, metadata, tmp_path / "weights")
   c.model.pretrained = str(tmp_path / "weights")
   c.seed = 599
-  found = state.initial(method, method.optimizer(1, 1))
+  found = state.initial(method, method.optimizer(1, 1), c.model.pretrained)
   for name, value in leaves({"params": found.params}).items():
     np.testing.assert_array_equal(value, 0.5 if "'backbone'" in name else random[name])

@@ -19,6 +19,7 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import registry
 from crn_jax.methods.base import Method, Variables
+from crn_jax.methods.features import FeatureMethod
 from crn_jax.workdir import run
 from crn_jax.workdir.checkpoint import CheckpointReader
 
@@ -75,6 +76,12 @@ def _of_run(path: pathlib.Path) -> Model:
   config = run.load_config(path)
   tokenizer = tokenizers.load(path / "vocab.json")
   method = registry.create(config, len(tokenizer))
+  if isinstance(method, FeatureMethod):
+    raise UserError(
+      f"{path}: a run of {config.method} learns on kept features and cannot be asked about other "
+      f"pictures yet; give its towers, e.g. {path / 'towers' / 'weights'} or the folder that it "
+      f"began from ({config.model.pretrained})"
+    )
   like = state.abstract(method)
   params = "average" if like.average else "params"
   with CheckpointReader(path / "checkpoints") as checkpoints:
@@ -101,7 +108,7 @@ def _of_towers(path: pathlib.Path) -> Model:
   pretrained.describe(config)
   tokenizer = pretrained.new_tokenizer(config, captions=())
   method = registry.create(config, len(tokenizer))
-  return _model(path, method, state.initial_variables(method), tokenizer)
+  return _model(path, method, state.initial_variables(method, str(path)), tokenizer)
 
 
 def _model(path: pathlib.Path, method: Method, variables: Variables, tokenizer: Tokenizer) -> Model:

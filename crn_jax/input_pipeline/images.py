@@ -177,6 +177,40 @@ def resize_short_side(image: np.ndarray, size: int, interpolation: str = "biline
   return np.asarray(resized)
 
 
+def pad_to_ratio(image: np.ndarray, max_ratio: float) -> np.ndarray:
+  """Pads the short sides of an image with zeros until the long side is `max_ratio` times as long.
+
+  Each of the two margins is (long / max_ratio - short) / 2, truncated, as CLIP4Cir pads. An image
+  that is not more elongated is returned as is.
+
+  Args:
+    image: [h, w, 3] uint8.
+    max_ratio: of long to short side, 1 or more.
+
+  Returns:
+    [h', w', 3] uint8.
+  """
+  wanted = max(image.shape[:2]) / max_ratio
+  margins = [max(int((wanted - side) / 2), 0) for side in image.shape[:2]]
+  if not any(margins):
+    return image
+  return np.pad(image, (*((m, m) for m in margins), (0, 0)))
+
+
+def read(
+  path: str | os.PathLike, resize: int, interpolation: str, max_ratio: float | None
+) -> np.ndarray:
+  """`decode`, `pad_to_ratio` unless `max_ratio` is None, and `resize_short_side`.
+
+  Returns:
+    [h, w, 3] uint8 with min(h, w) = resize.
+  """
+  image = decode(path)
+  if max_ratio is not None:
+    image = pad_to_ratio(image, max_ratio)
+  return resize_short_side(image, resize, interpolation)
+
+
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
   """Cuts out the square [top, top + size) x [left, left + size).
 

@@ -89,6 +89,7 @@ def train_batches(
   process_index: int = 0,
   process_count: int = 1,
   cache_images: bool = False,
+  max_ratio: float | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. num_steps - 1, as a run from step 0 would see them.
 
@@ -109,6 +110,7 @@ def train_batches(
     process_index: of this process.
     process_count: number of processes.
     cache_images: keep every image in memory once it is decoded and resized; for small sets.
+    max_ratio: of an image's sides; more elongated ones are padded, see `images.pad_to_ratio`.
 
   Returns:
     Iterator over dicts, with b = batch_size / process_count:
@@ -122,7 +124,7 @@ def train_batches(
     ValueError: steps or processes that do not exist.
   """
   n = len(split.triplets)
-  local = _local_slice(batch_size, process_index, process_count)
+  local = local_slice(batch_size, process_index, process_count)
   per_epoch = steps_per_epoch(n, batch_size)
   images.check_sizes(resize, image_size)
   if augmentation not in AUGMENTATIONS:
@@ -130,7 +132,7 @@ def train_batches(
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
-  read = _reader(split.image_paths, resize, interpolation, cache_images, split.store)
+  read = _reader(split.image_paths, resize, interpolation, max_ratio, cache_images, split.store)
 
   @functools.lru_cache(maxsize=1)
   def encoded(triplets):
@@ -200,6 +202,7 @@ def eval_image_batches(
   image_size: int,
   resize: int,
   interpolation: str,
+  max_ratio: float | None = None,
   store: ImageStore | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -213,7 +216,7 @@ def eval_image_batches(
     batch_size: of the global batch, over all processes.
     image_size: side S of the crop in pixels.
     resize: shorter side before cropping, in pixels; at least image_size.
-    interpolation: as in `train_batches`.
+    interpolation, max_ratio: as in `train_batches`.
     store: where to read the images; None decodes the files.
     process_index: of this process.
     process_count: number of processes.
@@ -227,13 +230,13 @@ def eval_image_batches(
     UserError: sizes that do not fit.
     ValueError: a process that does not exist.
   """
-  local = _local_slice(batch_size, process_index, process_count)
+  local = local_slice(batch_size, process_index, process_count)
   images.check_sizes(resize, image_size)
   n_batches = -(-len(paths) // batch_size)
   rows = np.full(n_batches * batch_size, _PADDING, np.int32)
   rows[: len(paths)] = np.arange(len(paths))
   local_rows = rows.reshape(n_batches, batch_size)[:, local].ravel()
-  read = _reader(paths, resize, interpolation, keep=False, store=store)
+  read = _reader(paths, resize, interpolation, max_ratio, keep=False, store=store)
 
   def load(chunk_rows):
     loaded = np.zeros((len(chunk_rows), image_size, image_size, 3), np.uint8)
@@ -286,7 +289,7 @@ def _import_tensorflow():
   return tf
 
 
-def _local_slice(batch_size: int, process_index: int, process_count: int) -> slice:
+def local_slice(batch_size: int, process_index: int, process_count: int) -> slice:
   """The part of each global batch that belongs to a process."""
   if not 0 <= process_index < process_count:
     raise ValueError(f"process_index: expected 0 .. {process_count - 1}, got {process_index}")
@@ -299,14 +302,19 @@ def _local_slice(batch_size: int, process_index: int, process_count: int) -> sli
 
 
 def _reader(
-  paths: Sequence[str], resize: int, interpolation: str, keep: bool, store: ImageStore | None
+  paths: Sequence[str],
+  resize: int,
+  interpolation: str,
+  max_ratio: float | None,
+  keep: bool,
+  store: ImageStore | None,
 ) -> Callable[[int], np.ndarray]:
   """row -> image [h, w, 3] uint8 with its shorter side resized."""
 
   def read(row):
     if store is not None:
       return store.read(paths[row])
-    return images.resize_short_side(images.decode(paths[row]), resize, interpolation)
+    return images.read(paths[row], resize, interpolation, max_ratio)
 
   # Two threads may decode the same image at the same time; the cache then keeps either.
   return functools.cache(read) if keep else read

@@ -7,7 +7,7 @@ evaluation, checkpoints, curves) knows the parts by their names only.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import flax.struct
@@ -145,6 +145,33 @@ class Method(abc.ABC):
       The state after it, and metrics over the global batch: scalars named 'part/term', among them
       'part/total' for every part.
     """
+
+  def descend(
+    self,
+    tx: optax.GradientTransformation,
+    state: TrainState,
+    loss: Callable[[Any], jax.Array],
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One update of a method's only part down the gradient of a loss; for use in `update`.
+
+    Args:
+      tx: optimizer of the part.
+      state: before the update.
+      loss: parameters of the part -> this device's share of the loss, see `losses`.
+
+    Returns:
+      As `update`: 'part/total', and 'part/grad_norm' before clipping.
+    """
+    (part,) = self.parts
+    total, grads = jax.value_and_grad(loss)(state.params[part])
+    if self.axis_name:
+      total, grads = jax.lax.psum((total, grads), self.axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state[part], state.params[part])
+    params = {part: optax.apply_updates(state.params[part], updates)}
+    average = self.averaged(state, params)
+    metrics = {f"{part}/total": total, f"{part}/grad_norm": optax.tree.norm(grads)}
+    state = TrainState(state.step + 1, params, state.batch_stats, {part: opt_state}, average)
+    return state, metrics
 
   def averaged(self, state: TrainState, params: dict) -> dict:
     """The moving average of all parts after an update from `state` to `params`; {} if not kept."""

@@ -1,4 +1,4 @@
-"""Losses of CLVC-Net and CRN, per-device code.
+"""Losses of composed image retrieval, per-device code.
 
 Each function returns this device's share: the sum of the shares over the devices is the loss of
 the global batch, and the sum of their gradients is its gradient. In-batch negatives are gathered
@@ -70,6 +70,33 @@ def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
   """
   logits = logit_scale * cosine_logits(queries, targets, batch)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(queries))
+  return jnp.sum(losses) / batch.size(queries)
+
+
+def info_nce(
+  queries: jax.Array,
+  bank: jax.Array,
+  counts: jax.Array,
+  targets: jax.Array,
+  temperature: float,
+  batch: Batch,
+) -> jax.Array:
+  """Each query picks its target among all images of a bank.
+
+  Args:
+    queries: [local batch, dim].
+    bank: [images, dim], the same on all devices.
+    counts: [images] bool, False at rows that fill the bank up.
+    targets: [local batch] int, row of each query's target in the bank.
+    temperature: divisor of the cosines.
+    batch: layout of the queries over devices.
+
+  Returns:
+    Share of the mean cross-entropy in nats.
+  """
+  logits = normalize(queries) @ normalize(bank).T / temperature
+  logits = jnp.where(counts, logits, -jnp.inf)
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.sum(losses) / batch.size(queries)
 
 

@@ -1,4 +1,4 @@
-"""Adam with coupled L2 and the published learning-rate decay, as optax transformations."""
+"""Adam with coupled L2 or decoupled weight decay, and learning rates, as optax transformations."""
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +6,8 @@ import ml_collections
 import optax
 
 from crn_jax.errors import UserError
+
+ALGORITHMS = ("adam", "adamw")
 
 
 def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int):
@@ -46,7 +48,8 @@ def create(
 ) -> optax.GradientTransformation:
   """The optimizer of one part of a method.
 
-  Weight decay is added to the gradient before Adam (PyTorch's Adam), not decoupled from it.
+  With the algorithm 'adam' weight decay is added to the gradient before Adam (PyTorch's Adam); with
+  'adamw' to the update behind it (PyTorch's AdamW).
 
   Args:
     config: the `optimizer` part of the configuration.
@@ -54,12 +57,23 @@ def create(
     total_steps: updates of the whole training.
     unused: names of modules that no loss reaches. They are left alone, weight decay included, as
       PyTorch leaves alone parameters without a gradient.
+
+  Raises:
+    UserError: on an unknown algorithm or schedule.
   """
+  if config.algorithm not in ALGORITHMS:
+    raise UserError(
+      f"optimizer.algorithm must be {' or '.join(map(repr, ALGORITHMS))}, not {config.algorithm!r}"
+    )
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  b1, b2 = config.betas
+  moments = [
+    optax.add_decayed_weights(config.weight_decay),
+    optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon),
+  ]
   adam = optax.chain(
     clip,
-    optax.add_decayed_weights(config.weight_decay),
-    optax.scale_by_adam(b1=0.9, b2=0.999, eps=1e-8),
+    *(moments if config.algorithm == "adam" else reversed(moments)),
     _rate(config.logit_scale_rate, "logit_scale"),
     _rate(config.backbone_rate, "backbone", "encoder"),
     optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch, total_steps)),

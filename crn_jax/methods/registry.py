@@ -3,15 +3,24 @@
 import ml_collections
 
 from crn_jax.errors import UserError
-from crn_jax.methods import crn, crn_towers, zero_shot
+from crn_jax.methods import bank, clip4cir, crn, crn_towers, zero_shot
 from crn_jax.methods.base import Method
+from crn_jax.methods.features import FeatureMethod
 from crn_jax.models.backbones.registry import check_prepared
 
 METHODS: dict[str, type[Method]] = {
   "crn": crn.CRN,
   "crn_towers": crn_towers.CRNTowers,
   "zero_shot": zero_shot.ZeroShot,
+  "fine_tuning": clip4cir.FineTuning,
+  "clip4cir": clip4cir.Clip4Cir,
+  "bank": bank.Bank,
 }
+
+
+def uses_features(name: str) -> bool:
+  """Whether a method, a key of `METHODS`, learns on features of frozen towers."""
+  return issubclass(METHODS[name], FeatureMethod)
 
 
 def create(

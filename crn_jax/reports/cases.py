@@ -141,10 +141,9 @@ class Cases:
       words = shown_words(split.queries.texts[query], table)
       if not config.model.mask_padding:  # There padding acts like words.
         words += [Word("PAD", "padding")] * (table.max_words - len(words))
-      picture = images.decode(split.image_paths[split.queries.reference[query]])
-      picture = images.center_crop(
-        images.resize_short_side(picture, data.resize, self.interpolation), data.image_size
-      )
+      path = split.image_paths[split.queries.reference[query]]
+      picture = images.read(path, data.resize, self.interpolation, data.max_ratio)
+      picture = images.center_crop(picture, data.image_size)
       rank = self.ranks[query]
       outcome = "target not ranked" if rank == UNRANKED else f"target at rank {rank + 1}"
       rows.append(

@@ -171,6 +171,7 @@ class Encoder:
       image_size=data.image_size,
       resize=data.resize,
       interpolation=self.method.preprocessing.interpolation,
+      max_ratio=data.max_ratio,
       store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),

@@ -26,10 +26,17 @@ class Progress:
   read, so that no step waits for the one before.
   """
 
-  def __init__(self, config, start: int, total_steps: int, steps_per_epoch: int):
-    """Begins after step `start`; `config` is the whole configuration."""
+  def __init__(self, config, start: int, total_steps: int, steps_per_epoch: int, stride: int = 1):
+    """Begins after step `start`.
+
+    Args:
+      config: the whole configuration.
+      start, total_steps: steps done before, and at the end.
+      steps_per_epoch: of an epoch.
+      stride: steps that are done at once.
+    """
     self._config, self._total = config, total_steps
-    self._steps_per_epoch = steps_per_epoch
+    self._steps_per_epoch, self._stride = steps_per_epoch, stride
     self._step = start
     self._pending: list[Mapping[str, jax.Array]] = []
     self._since: float | None = None  # From when `_timed` steps count; None before the first.
@@ -52,14 +59,14 @@ class Progress:
       self._bar.close()
 
   def stepped(self, metrics: Mapping[str, jax.Array]) -> None:
-    """Notes the metrics of one more step."""
-    self._step += 1
+    """Notes the metrics of one more step, or the means of as many as are done at once."""
+    self._step += self._stride
     self._pending.append(metrics)
     if self._since is None:
       jax.block_until_ready(metrics)  # The first step was compiled: it says nothing of the rest.
       self._since = time.monotonic()
     else:
-      self._timed += 1
+      self._timed += self._stride
     interval = _LINE_INTERVAL if self._bar is None else _BAR_INTERVAL
     if time.monotonic() - self._shown >= interval:
       self._show()
@@ -74,10 +81,10 @@ class Progress:
     Raises:
       UserError: names the first step with a value that is not finite.
     """
-    first = self._step - len(self._pending) + 1
     fetched = [{k: float(v) for k, v in parallel.fetch(m).items()} for m in self._pending]
-    for step, values in enumerate(fetched, first):
-      _check_finite(values, step, checkpoints, self._config.model.dtype)
+    first = self._step - (len(fetched) - 1) * self._stride
+    for i, values in enumerate(fetched):
+      _check_finite(values, first + i * self._stride, checkpoints, self._config.model.dtype)
     now = time.monotonic()
     means = {k: float(np.mean([m[k] for m in fetched])) for k in fetched[-1]}
     if self._timed:
@@ -119,7 +126,7 @@ class Progress:
   def _rate_now(self) -> float | None:
     """Examples a second since metrics were last read; steps under way do not count."""
     under_way = sum(not leaf.is_ready() for m in self._pending for leaf in list(m.values())[:1])
-    done = self._timed - under_way
+    done = self._timed - under_way * self._stride
     if done < 1:
       return self._rate
     return done * self._config.batch_size / (time.monotonic() - self._since)

@@ -22,6 +22,7 @@ FREE_FIELDS = (
   "data.root",
   "data.cache_images",
   "data.prepared",  # The pixels are the same.
+  "data.features",
   "data.on_missing",  # If other triplets remain, `check_data` refuses to continue.
 )
 
@@ -36,14 +37,42 @@ _ADDED = {
   "model.backbone.std": None,
   "model.backbone.interpolation": None,
   "model.remat": "none",
+  "data.max_ratio": None,
+  "data.features": "features",
+  "optimizer.algorithm": "adam",
+  "optimizer.betas": [0.9, 0.999],
+  "optimizer.epsilon": 1e-8,
+  "clip4cir.dropout": 0.5,
+  "bank.temperature": 0.02,
+  "finetune": {
+    "num_epochs": 0,
+    "batch_size": 128,
+    "evaluate_every_epochs": 1,
+    "optimizer": {
+      "learning_rate": 3e-5,
+      "algorithm": "adam",
+      "weight_decay": 1e-6,
+      "betas": [0.9, 0.999],
+      "epsilon": 1e-8,
+      "schedule": "step",
+      "decay_every_epochs": 20,
+      "decay_factor": 0.1,
+      "max_decay_epoch": 20,
+      "warmup_steps": 0,
+      "clip_norm": 0.0,
+      "logit_scale_rate": 1.0,
+      "backbone_rate": 1.0,
+      "ema_decay": 0.0,
+    },
+  },
   "zero_shot.query": "sum",
   "zero_shot.slerp_weight": 0.5,
 }
 
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
-            "metrics.jsonl", "events.out.tfevents.*", "eval.json", "report.html", "pictures",
-            "plugins", "other_data", "submission")  # fmt: skip
+            "towers.json", "towers", "metrics.jsonl", "events.out.tfevents.*", "eval.json",
+            "report.html", "pictures", "plugins", "other_data", "submission")  # fmt: skip
 
 
 def free_fields(config: ml_collections.ConfigDict) -> tuple[str, ...]:
@@ -92,6 +121,22 @@ def check_data(fingerprint: str, workdir: str | os.PathLike) -> None:
       f"{workdir}: the training triplets are not those that this run was begun with, so it cannot "
       f"be continued exactly. Restore the data (were images skipped, or fetched since?), or choose "
       f"another --workdir"
+    )
+
+
+def save_towers(digests: dict[str, str], workdir: str | os.PathLike) -> None:
+  """Writes towers.json: kind of tower -> digest of the weights on whose features a run learns."""
+  write_json(digests, pathlib.Path(workdir) / "towers.json")
+
+
+def check_towers(digests: dict[str, str], workdir: str | os.PathLike) -> None:
+  """Raises UserError if a run was begun on features of other weights than these."""
+  path = pathlib.Path(workdir) / "towers.json"
+  if path.exists() and (saved := _read_json(path)) != digests:
+    changed = " and ".join(kind for kind in digests if saved.get(kind) != digests[kind])
+    raise UserError(
+      f"{workdir}: the run was begun on features of other weights ({changed} tower) than those "
+      f"that are there now; restore the folder of weights, or choose another --workdir"
     )
 
 

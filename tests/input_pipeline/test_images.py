@@ -18,6 +18,9 @@ from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.input_pipeline.checks import verify
 from crn_jax.models.preprocessing import IMAGENET
+from tests import torch_cpu  # noqa: F401 (before torchvision)
+
+from torchvision.transforms import functional as transforms  # isort: skip
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 JPEGS = ("portrait_300x400", "landscape_401x267", "small_180x233")
@@ -365,3 +368,41 @@ def test_bicubic_is_pillows():
   expected = Image.fromarray(image).resize((15, 20), Image.Resampling.BICUBIC)
   np.testing.assert_array_equal(images.resize_short_side(image, 15, "bicubic"), expected)
   assert (images.resize_short_side(image, 15) != np.asarray(expected)).any()
+
+
+def torchvision_padded(image: np.ndarray, ratio: float, size: int) -> np.ndarray:
+  """Padding, bicubic resize and centre crop by torchvision, on a Pillow image."""
+  picture = Image.fromarray(image)
+  wanted = max(picture.size) / ratio
+  horizontal, vertical = (max(int((wanted - side) / 2), 0) for side in picture.size)
+  padded = transforms.pad(picture, [horizontal, vertical], fill=0)
+  resized = transforms.resize(padded, size, transforms.InterpolationMode.BICUBIC)
+  return np.asarray(transforms.center_crop(resized, [size, size]))
+
+
+@pytest.mark.parametrize(
+  ("height", "width"),
+  [(300, 100), (101, 357), (200, 160), (201, 160), (64, 64), (64, 79), (64, 81)],
+)
+@pytest.mark.parametrize("ratio", [1.25, 1.0])
+def test_padded_images_are_those_of_torchvision(tmp_path, height, width, ratio):
+  image = np.random.default_rng(height).integers(1, 256, (height, width, 3), np.uint8)
+  path = tmp_path / "image.png"
+  Image.fromarray(image).save(path)
+  found = images.center_crop(images.read(path, 48, "bicubic", ratio), 48)
+  np.testing.assert_array_equal(found, torchvision_padded(image, ratio, 48))
+
+
+@pytest.mark.parametrize(("height", "width"), [(300, 100), (100, 300), (101, 357)])
+def test_padding_brings_the_ratio_to_its_limit_and_keeps_the_image(height, width):
+  image = np.random.default_rng(0).integers(1, 256, (height, width, 3), np.uint8)
+  padded = images.pad_to_ratio(image, 1.25)
+  short, long = sorted(padded.shape[:2])
+  assert long == max(height, width)
+  assert 1.25 <= long / short < 1.25 * long / (long - 2)  # Margins are truncated.
+  np.testing.assert_array_equal(padded[padded.any(axis=2)].reshape(image.shape), image)
+
+
+def test_an_image_within_the_ratio_is_not_padded():
+  image = np.zeros((100, 80, 3), np.uint8)
+  assert images.pad_to_ratio(image, 1.25) is image

@@ -47,7 +47,7 @@ def config_of(folder, root):
 def test_maps_and_words_are_the_towers_own(family, weights, root):
   config = config_of(weights[family], root)
   method = registry.create(config, 350)
-  variables = state.initial_variables(method)
+  variables = state.initial_variables(method, method.config.model.pretrained)
   pictures = np.random.default_rng(0).normal(size=(2, 23, 23, 3)).astype(np.float32)
   ids = np.full((2, config.data.max_words), 1, np.int32)
   towers = DualEncoder(method.encoder_config)

@@ -1,9 +1,11 @@
 """The release's Adam and its learning-rate decay (PyTorch's formulas, computed by hand)."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 
 from configs import default
 from crn_jax.methods import optimizer
@@ -168,3 +170,25 @@ def test_the_average_forgets_its_start_and_then_keeps_its_decay(step, decay):
   average, params = {"w": jnp.array([1.0])}, {"w": jnp.array([2.0])}
   new = optimizer.average_parameters(average, params, jnp.asarray(step), 0.99)
   np.testing.assert_allclose(new["w"], decay * 1.0 + (1 - decay) * 2.0, rtol=1e-6)
+
+
+def test_decoupled_decay_is_pytorchs_adamw():
+  config = default.get_config()
+  config.optimizer.update(
+    algorithm="adamw", learning_rate=0.01, weight_decay=0.1, betas=(0.8, 0.95), epsilon=1e-3
+  )
+  trained = train(config, steps=3)
+  for trained_leaf, leaf, grad in zip(*map(jax.tree.leaves, (trained, PARAMS, GRADS)), strict=True):
+    parameter = torch.tensor(np.array(leaf), dtype=torch.float64, requires_grad=True)
+    adamw = torch.optim.AdamW([parameter], lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-3)
+    for _ in range(3):
+      parameter.grad = torch.tensor(np.array(grad), dtype=torch.float64)
+      adamw.step()
+    np.testing.assert_allclose(trained_leaf, parameter.detach().numpy(), rtol=1e-6)
+
+
+def test_an_unknown_algorithm_is_refused_by_name():
+  config = default.get_config()
+  config.optimizer.algorithm = "sgd"
+  with pytest.raises(ValueError, match="adam.*adamw.*'sgd'"):
+    train(config, steps=1)

@@ -95,7 +95,7 @@ def test_vectors_of_a_split_are_those_of_transformers(family, weights, drawn):
   method = methods.create(config, len(vocabulary), AXIS)
   parallel = DataParallel.create(config.parallel.mode)
   (split,) = registry.open_dataset(config.data, train=False).evals
-  variables = parallel.replicate(state.initial_variables(method))
+  variables = parallel.replicate(state.initial_variables(method, method.config.model.pretrained))
   found = Encoder.create(method, parallel).encode(variables, split, vocabulary)
   side = config.data.image_size
   assert side == 23
@@ -162,9 +162,9 @@ def test_the_towers_own_sizes_fill_what_is_not_set(weights, drawn):
   assert (larger.data.image_size, larger.data.resize) == (36, 36)
   configuration.check(larger)
   method = methods.create(larger, 350)
-  table = state.initial_variables(method)["params"]["zero_shot"]["encoder"]["image"][
-    "position_embedding"
-  ]
+  table = state.initial_variables(method, method.config.model.pretrained)["params"]["zero_shot"][
+    "encoder"
+  ]["image"]["position_embedding"]
   assert table.shape == (49, 24)
 
 
@@ -230,7 +230,7 @@ def test_half_precision_changes_little(weights, drawn, tmp_path):
   for dtype in ("float32", "bfloat16"):
     config = config_of(weights[0]["clip"], "fashioniq_dress", drawn, **{"model.dtype": dtype})
     method = methods.create(config, 350)
-    variables = state.initial_variables(method)
+    variables = state.initial_variables(method, method.config.model.pretrained)
     assert {x.dtype for x in jax.tree.leaves(variables)} == {np.dtype(np.float32)}
     pictures = np.random.default_rng(0).normal(size=(4, 23, 23, 3)).astype(np.float32)
     encode = jax.jit(method.encode_images)

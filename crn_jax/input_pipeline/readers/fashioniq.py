@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 import ml_collections
 import numpy as np
 
+from crn_jax.input_pipeline import sentences
 from crn_jax.input_pipeline.checks import folder, missing
 from crn_jax.input_pipeline.dataset import (
   Dataset,
@@ -45,7 +46,7 @@ from crn_jax.input_pipeline.readers.annotations import (
 CATEGORIES = ("dress", "shirt", "toptee")
 # The protocol in which a query always ranks its own reference image.
 WITH_REFERENCE = "original_with_reference"
-CAPTION_USES = ("joined", "both_orders", "separate")
+CAPTION_USES = ("joined", "both_orders", "separate", "mixed")
 
 # Folders in which images of a category may lie; an earlier one wins over a later one.
 _IMAGE_FOLDERS = ("resized_image/{}", "images/{}", "images")
@@ -69,8 +70,9 @@ def read(
     category: "dress", "shirt", "toptee", or "all" for the three in this order: one train split,
       three val splits.
     caption_use: "joined" (an entry is one triplet with both captions: VAL split papers, CRN),
-      "both_orders" (two triplets, the captions in either order: CoSMo, ARTEMIS) or
-      "separate" (two triplets with one caption each: VAL).
+      "both_orders" (two triplets, the captions in either order: CoSMo, ARTEMIS),
+      "separate" (two triplets with one caption each: VAL) or "mixed" (one triplet with one
+      sentence, see `sentences`: CLIP4Cir).
     train: whether the train split is wanted; its files need not exist otherwise.
     on_missing: "error", or "skip" to leave out the triplets, queries and gallery entries that
       missing data affect. Images of queries that are left out stay in the galleries, so that these
@@ -135,7 +137,9 @@ def gallery_ids(annotations: Annotations) -> dict[str, tuple[str, ...]]:
 
 
 def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str, ...], ...]:
-  """The texts that one entry gives rise to: one for "joined", two otherwise.
+  """The texts that one entry gives rise to: one for "joined" and "mixed", two otherwise.
+
+  Those of "mixed" are what queries are asked with; training draws its own.
 
   Raises:
     UserError: unknown caption_use.
@@ -146,6 +150,7 @@ def use_captions(captions: tuple[str, str], caption_use: str) -> tuple[tuple[str
     "joined": ((first, second),),
     "both_orders": ((first, second), (second, first)),
     "separate": ((first,), (second,)),
+    "mixed": ((sentences.query(captions),),),
   }[caption_use]
 
 
@@ -256,13 +261,15 @@ def _to_train_split(
 ) -> TrainSplit:
   rows: dict[str, int] = {}  # By path: in the flat layout categories share files.
   triplets = []
+  mixed = caption_use == "mixed"
   for p in parts:
     ids = used_ids(p.entries)
     row = {i: rows.setdefault(p.paths[i], len(rows)) for i in ids}
-    triplets.append(_to_triplets(p.entries, row, caption_use))
+    triplets.append(_to_triplets(p.entries, row, "joined" if mixed else caption_use))
+  joined = _concatenate(triplets)
   return TrainSplit(
     image_paths=tuple(rows),
-    triplets=_concatenate(triplets),
+    triplets=sentences.DrawnSentences(joined) if mixed else joined,
     # Of all good entries, with or without images: the ids of words do not depend on which image
     # files a copy of the data lacks.
     captions=tuple(c for p in parts for entry in p.annotations.entries for c in entry.captions),
