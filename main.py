@@ -77,8 +77,10 @@ def _run(mode: str) -> str:
   if config is None:
     of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
-  from crn_jax import configuration, pretrained
+  from crn_jax import configuration, pretrained, xla
 
+  if config.deterministic_ops:
+    xla.exclude_nondeterministic_ops()
   configuration.expand_paths(config)
   pretrained.describe(config)
   if mode == "prepare":

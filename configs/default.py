@@ -101,6 +101,9 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
   model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
   model.dtype = "float32"  # Of the computation: 'float32' or 'bfloat16'. Parameters are float32.
+  # Of float32 products on a GPU: 'default' is TF32 on recent cards, 'highest' all of float32.
+  # Scores of losses and of retrieval always have the latter.
+  model.precision = "default"
   # What a backbone's blocks keep for the gradient: 'none' is all that it needs; 'dots' the results
   # of linear layers and attention; 'full' their inputs alone. The rest is computed again. On a GPU
   # 'dots' takes less memory and less time than 'none'; on a CPU it takes more time.
@@ -172,6 +175,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.log_every_steps = 50
   # Besides at every evaluation: what a lost machine costs at most.
   config.checkpoint_every_steps = 500
+  # Leave out of a GPU's programs whatever gives other sums in another order; see docs/runs.md.
+  config.deterministic_ops = False
   # First and last step of a trace for TensorBoard's profiler, e.g. (10, 12); () records none.
   config.profile_steps = ()
   if preset == "crn_released":

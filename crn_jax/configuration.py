@@ -145,6 +145,7 @@ RULES: dict[str, Rule | Choice] = {
   "model.attention_temperature.local": POSITIVE,
   "model.attention_temperature.global": POSITIVE,
   "model.dtype": Choice(("float32", "bfloat16")),
+  "model.precision": Choice(("default", "highest")),
   "model.remat": Choice(remat.CHOICES),
   "zero_shot.query": Choice(zero_shot.QUERIES),
   "zero_shot.slerp_weight": number("from 0 to 1", lambda x: 0 <= x <= 1),
@@ -188,6 +189,7 @@ RULES: dict[str, Rule | Choice] = {
   ),
   "log_every_steps": integer(1),
   "checkpoint_every_steps": integer(1),
+  "deterministic_ops": TRUTH,
   "profile_steps": several(
     integer(1),
     "() or the first and the last step, e.g. (10, 12)",

@@ -23,7 +23,7 @@ def compiled(method: Method, tx: optax.GradientTransformation, parallel: DataPar
   def step(state, batch):
     return method.train_step(tx, state, batch)
 
-  return parallel.map(step, (REPLICATED, REPLICATED), donate_first=True)
+  return parallel.map(method.precise(step), (REPLICATED, REPLICATED), donate_first=True)
 
 
 # Images, and texts, of a training on features whose data are not known: about as many as FashionIQ

@@ -17,6 +17,7 @@ PACKAGE = pathlib.Path(crn_jax.__file__).parent
 ALLOWED = {
   "errors": set(),
   "compilation_cache": set(),
+  "xla": set(),
   "models": set(),
   "parallel": set(),
   "workdir": {"parallel", "models.backbones.stacking"},

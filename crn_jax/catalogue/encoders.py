@@ -50,9 +50,9 @@ class Encoders:
       references, vectors = method.encode_images(variables, normalize(pictures))
       return vectors, method.compose(variables, constants, references, tokens, mask)
 
-    self._image_vectors = jax.jit(image_vectors)
-    self._answer = jax.jit(answer)
-    self._constants = jax.jit(method.constants)(model.variables)
+    self._image_vectors = jax.jit(method.precise(image_vectors))
+    self._answer = jax.jit(method.precise(answer))
+    self._constants = jax.jit(method.precise(method.constants))(model.variables)
 
   @property
   def empty_picture(self) -> np.ndarray:

@@ -101,7 +101,13 @@ def _of_towers(path: pathlib.Path) -> Model:
       "method": "zero_shot",
       "seed": 0,
       "zero_shot": {"query": "sum", "slerp_weight": 0.5},
-      "model": {"pretrained": str(path), "encoder": {}, "dtype": "float32", "remat": "none"},
+      "model": {
+        "pretrained": str(path),
+        "encoder": {},
+        "dtype": "float32",
+        "remat": "none",
+        "precision": "default",
+      },
       "data": {"image_size": None, "resize": None, "max_words": None, "prepared": ""},
     }
   )

@@ -7,6 +7,7 @@ evaluation, checkpoints, curves) knows the parts by their names only.
 
 import abc
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -207,6 +208,17 @@ class Method(abc.ABC):
       tokens: [batch, words] int32.
       mask: [batch, words] bool, False at padding.
     """
+
+  def precise(self, function: Callable) -> Callable:
+    """A function whose matrix products and convolutions have `model.precision`, if they do not
+    say more themselves."""
+
+    @functools.wraps(function)
+    def traced(*args):
+      with jax.default_matmul_precision(self.config.model.precision):
+        return function(*args)
+
+    return traced
 
   def train_step(
     self, tx: optax.GradientTransformation, state: TrainState, batch: Mapping[str, jax.Array]

@@ -54,7 +54,7 @@ def normalize(x: jax.Array) -> jax.Array:
 
 def cosine_logits(queries: jax.Array, targets: jax.Array, batch: Batch) -> jax.Array:
   """Cosine of each local query with each target of the global batch: [local, global]."""
-  return normalize(queries) @ batch.gather(normalize(targets)).T
+  return _scores(normalize(queries), batch.gather(normalize(targets)))
 
 
 def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
@@ -94,7 +94,7 @@ def info_nce(
   Returns:
     Share of the mean cross-entropy in nats.
   """
-  logits = normalize(queries) @ normalize(bank).T / temperature
+  logits = _scores(normalize(queries), normalize(bank)) / temperature
   logits = jnp.where(counts, logits, -jnp.inf)
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
   return jnp.sum(losses) / batch.size(queries)
@@ -156,3 +156,9 @@ def branch_losses(
     known["auxiliary"] = lambda: classification(out.auxiliary_vector, t, scale, batch)
   terms = {name: term() for name, term in known.items() if weights[name]}
   return sum(weights[name] * value for name, value in terms.items()), terms
+
+
+def _scores(queries: jax.Array, targets: jax.Array) -> jax.Array:
+  """Dot products [n, m] of [n, d] and [m, d], whatever model.precision says: a temperature
+  multiplies what rounding would leave in them."""
+  return jnp.matmul(queries, targets.T, precision=jax.lax.Precision.HIGHEST)

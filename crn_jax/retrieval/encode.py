@@ -84,9 +84,9 @@ class Encoder:
     return cls(
       parallel,
       method,
-      parallel.map(method.constants, REPLICATED),
-      parallel.map(encode_images, (SHARDED, REPLICATED)),
-      parallel.map(compose, REPLICATED),
+      parallel.map(method.precise(method.constants), REPLICATED),
+      parallel.map(method.precise(encode_images), (SHARDED, REPLICATED)),
+      parallel.map(method.precise(compose), REPLICATED),
     )
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:

@@ -194,7 +194,7 @@ class _Frozen:
     def encoder(kind):
       return lambda params, rows: _gathered(method.features(kind, params, rows))
 
-    encode = {kind: parallel.map(encoder(kind), REPLICATED) for kind in halves}
+    encode = {kind: parallel.map(method.precise(encoder(kind)), REPLICATED) for kind in halves}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
     return cls(method, parallel, tokenizer, placed, encode, kept)
 
@@ -273,7 +273,7 @@ class FeatureEncoder:
     def compose(variables, references, texts, mask):
       return _gathered(method.compose(variables, (), references, texts, mask))
 
-    return cls(parallel, method, features, parallel.map(compose, REPLICATED))
+    return cls(parallel, method, features, parallel.map(method.precise(compose), REPLICATED))
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
     """See `Encoder.encode`."""
