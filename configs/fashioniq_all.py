@@ -1,8 +1,10 @@
 """CRN with Swin-L on the three categories of FashionIQ together; evaluated a category at a time.
 
 python main.py --config=configs/fashioniq_all.py --config.data.root=PATH
+python main.py --config=configs/fashioniq_all.py:clip4cir --config.data.root=PATH \
+  --config.model.pretrained=weights/clip_vit_large
 
-Not a published setting (the paper trains a model a category).
+Of CRN not a published setting (the paper trains a model a category); CLIP4Cir's is this one.
 """
 
 import ml_collections
