@@ -6,13 +6,14 @@ import shutil
 import numpy as np
 import pytest
 
-from configs import circo, cirr
-from crn_jax import submit, train
+from configs import circo, cirr, zero_shot
+from crn_jax import pretrained, submit, train
+from crn_jax.convert import backbone
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile, Triplets
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.workdir import run
-from tests import cir_folders, tiny
+from tests import cir_folders, small_towers, tiny
 
 
 def small(config, root):
@@ -255,3 +256,21 @@ def test_a_gallery_that_is_too_small_is_not_written(split, vectors, tmp_path):
   contents = submit.answers(split, *vectors, [file])
   with pytest.raises(UserError, match="query 12: expected 61 images, found 60"):
     submit.write(contents, split, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "files"), [("cirr", 2), ("circo", 1)])
+def test_pretrained_towers_answer_without_a_run(name, files, roots, tmp_path):
+  """Evaluated and submitted with no training: config and folder of weights are enough."""
+  small_towers.save("clip", tmp_path / "clip")
+  backbone.convert(tmp_path / "clip", tmp_path / "weights")
+  config = zero_shot.get_config(name)
+  config.model.pretrained, config.data.root = str(tmp_path / "weights"), str(roots[name])
+  config.eval.batch_size = 16
+  pretrained.describe(config)
+  shown = train.evaluate_run(config, tmp_path / "results", "best")
+  assert "the pretrained weights, without any training" in shown
+  said = submit.submit(config, tmp_path / "results", "best")
+  assert "without any training" in said
+  written = list((tmp_path / "results" / "submission").iterdir())
+  assert len(written) == files
+  assert all(read(path) for path in written)
