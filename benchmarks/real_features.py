@@ -31,9 +31,9 @@ from crn_jax.retrieval.features import FeatureEncoder, Features, SplitFeatures, 
 
 _ROOT = flags.DEFINE_string("root", None, "Folder in FashionIQ's layout.", required=True)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Trainings.")
-_EPOCHS = flags.DEFINE_integer("epochs", 30, "Of the combiner.")
-_RATE = flags.DEFINE_float("rate", 1e-4, "Learning rate.")
-_BATCH = flags.DEFINE_integer("batch_size", 512, "Triplets.")
+_EPOCHS = flags.DEFINE_integer("epochs", 15, "Of the combiner.")
+_RATE = flags.DEFINE_float("rate", 1e-3, "Learning rate.")
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Triplets.")
 
 _SIDE, _TOGETHER = 224, 32
 
