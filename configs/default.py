@@ -212,7 +212,6 @@ def _on_towers(config: ml_collections.ConfigDict, preset: str) -> None:
   data.captions = "mixed"
   data.max_ratio = 1.25
   data.augment = "none"
-  config.eval.exclude_reference = False
   adamw = {"algorithm": "adamw", "weight_decay": 0.01}  # PyTorch's decay unless another is given.
   if preset == "bank":
     config.batch_size = 256

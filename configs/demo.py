@@ -85,7 +85,6 @@ def _on_towers(config: ml_collections.ConfigDict) -> None:
     "std": (0.5, 0.5, 0.5),
     "interpolation": "bicubic",
   })  # fmt: skip
-  config.eval.exclude_reference = True  # As the other presets here.
   finetune = config.finetune
   finetune.num_epochs = 16
   finetune.batch_size = 64

@@ -337,7 +337,8 @@ def did_you_mean(name: str, known: Mapping[str, str]) -> str:
   if not close:
     by_end = {other.rpartition(".")[2]: other for other in reversed(list(known))}
     ends = difflib.get_close_matches(name.rpartition(".")[2], by_end, cutoff=0.7)
-    close = [by_end[end] for end in ends]
+    end = name.rpartition(".")[2]
+    close = [by_end[end] for end in ([end] if end in by_end else ends)]
   return f"; did you mean {' or '.join(known[other] for other in close)}?" if close else ""
 
 
