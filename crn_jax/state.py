@@ -1,5 +1,6 @@
 """The state of a training: the one place that builds it, with values or as shapes only."""
 
+import os
 import pathlib
 
 import jax
@@ -14,6 +15,7 @@ from crn_jax.methods.registry import METHODS
 from crn_jax.models.backbones import registry, stacking
 from crn_jax.models.dual_encoder import DualEncoderConfig
 from crn_jax.workdir import weights
+from crn_jax.workdir.checkpoint import CheckpointReader
 
 
 def initial(method: Method, tx, folder: str) -> TrainState:
@@ -70,6 +72,30 @@ def abstract(method: Method) -> TrainState:
   """Shapes and dtypes of a state, to restore one into; nothing is computed."""
   tx = method.optimizer(steps_per_epoch=1, total_steps=1)  # The shapes do not depend on these.
   return jax.eval_shape(lambda: of_variables(method, tx, method.init(jax.random.key(0))))
+
+
+def trained(
+  method: Method, workdir: str | os.PathLike, which: str | None = None
+) -> tuple[int, Variables]:
+  """Step and variables of a run's checkpoint, as evaluation reads them: without Adam's moments.
+
+  Args:
+    method: of the run.
+    workdir: of the run.
+    which: 'best' or 'last'; None is the best, if one was chosen, or else the last.
+
+  Raises:
+    UserError: there is no such checkpoint.
+  """
+  like, folder = abstract(method), pathlib.Path(workdir) / "checkpoints"
+  params = "average" if like.average else "params"
+  with CheckpointReader(folder) as checkpoints:
+    steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
+    step = steps[which] if which else next((s for s in steps.values() if s is not None), None)
+    if step is None:
+      raise UserError(f"{folder}: holds no {f'{which} ' if which else ''}checkpoint")
+    fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
+  return step, {"params": fields[params], "batch_stats": fields["batch_stats"]}
 
 
 def with_pretrained(variables: Variables, folder: str) -> Variables:

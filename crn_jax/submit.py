@@ -24,7 +24,6 @@ from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoder
 from crn_jax.workdir import files, run
-from crn_jax.workdir.checkpoint import CheckpointReader
 
 _MAX_LISTED = 10
 
@@ -62,7 +61,7 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   method = registry.create(config, len(tokenizer), AXIS)
   if trains:
     encoder = feature_training.encoder_of_run(method, parallel, dataset, tokenizer, workdir)
-    step, variables = _restore(workdir, which, method)
+    step, variables = state.trained(method, workdir, which)
     answered_by = f"the {which} checkpoint (step {step})"
   else:
     encoder = Encoder.create(method, parallel)
@@ -193,15 +192,3 @@ def _spec(config: ml_collections.ConfigDict) -> SubmissionSpec:
       f"data.dataset = {config.data.dataset!r} has no server to submit to; {', '.join(known)} have"
     )
   return spec
-
-
-def _restore(workdir: pathlib.Path, which: str, method) -> tuple[int, dict]:
-  """Step and variables of a checkpoint, as evaluation reads them."""
-  like = state.abstract(method)
-  params = "average" if like.average else "params"
-  with CheckpointReader(workdir / "checkpoints") as checkpoints:
-    step = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}[which]
-    if step is None:
-      raise UserError(f"{workdir / 'checkpoints'}: holds no {which} checkpoint")
-    fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-  return step, {"params": fields[params], "batch_stats": fields["batch_stats"]}

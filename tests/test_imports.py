@@ -25,7 +25,7 @@ ALLOWED = {
   "input_pipeline": {"workdir.files"},
   "initial_values": set(),
   "pretrained": {"input_pipeline.tokenizers", "methods", "models", "workdir.weights"},
-  "state": {"initial_values", "methods", "models", "workdir.weights"},
+  "state": {"initial_values", "methods", "models", "workdir.checkpoint", "workdir.weights"},
   "training_step": {"methods", "parallel"},
   "plan": {"methods", "parallel", "stages", "state", "training_step"},
   "stages": {"methods"},

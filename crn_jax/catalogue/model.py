@@ -21,7 +21,6 @@ from crn_jax.methods import registry
 from crn_jax.methods.base import Method, Variables
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.workdir import run
-from crn_jax.workdir.checkpoint import CheckpointReader
 
 # Fields of `config.model` that change no vector, and those of `config.data` that do.
 _WITHOUT_EFFECT = ("model.pretrained", "model.remat")
@@ -82,16 +81,7 @@ def _of_run(path: pathlib.Path) -> Model:
       f"pictures yet; give its towers, e.g. {path / 'towers' / 'weights'} or the folder that it "
       f"began from ({config.model.pretrained})"
     )
-  like = state.abstract(method)
-  params = "average" if like.average else "params"
-  with CheckpointReader(path / "checkpoints") as checkpoints:
-    step = checkpoints.best_step()
-    if step is None:
-      step = max(checkpoints.steps(), default=None)
-    if step is None:
-      raise UserError(f"{path / 'checkpoints'}: holds no checkpoint")
-    fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-  variables = {"params": fields[params], "batch_stats": fields["batch_stats"]}
+  _, variables = state.trained(method, path)
   return _model(path, method, variables, tokenizer)
 
 
