@@ -13,6 +13,7 @@ import pytest
 
 from configs import default
 from crn_jax import configuration, pretrained, stages, state, train
+from crn_jax.catalogue import model
 from crn_jax.convert import backbone
 from crn_jax.errors import UserError
 from crn_jax.methods import registry
@@ -87,6 +88,13 @@ def test_starting_it_again_trains_no_further(finished, root, monkeypatch):
   preset, workdir, shown = finished
   monkeypatch.setattr(Progress, "stepped", None)
   assert train.train(configured(root, preset), workdir) == shown
+
+
+def test_a_catalogue_cannot_be_asked_with_it_and_says_so(finished):
+  """What such a run learns takes kept features, not pictures."""
+  preset, workdir, _ = finished
+  with pytest.raises(UserError, match=f"a run of {preset} learns on kept features.*towers/weights"):
+    model.load(workdir)
 
 
 def test_evaluation_needs_no_training_data_and_repeats_the_results(finished, root, tmp_path):
