@@ -45,7 +45,7 @@ element.addEventListener("click", (event) => {
 
 def theme() -> gr.themes.Base:
   """Fonts of the visitor's system: nothing is fetched from elsewhere."""
-  return gr.themes.Soft(
+  return gr.themes.Default(
     primary_hue="blue",
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],
@@ -53,6 +53,11 @@ def theme() -> gr.themes.Base:
   ).set(
     button_primary_background_fill=palette.BLUE,
     button_primary_background_fill_dark=palette.BLUE,
+    button_primary_background_fill_hover=palette.BLUE,
+    button_primary_background_fill_hover_dark=palette.BLUE,
+    button_primary_text_color="white",
+    body_text_color_subdued=palette.LIGHT["faint"],
+    body_text_color_subdued_dark=palette.DARK["faint"],
   )
 
 
@@ -116,21 +121,24 @@ class Page:
     self.blocks = b.queue(default_concurrency_limit=64, max_size=256)
 
   def _lay_out(self, name: str) -> None:
-    gr.HTML(markup.heading(name, self._n), elem_id="heading")
+    bare = {"apply_default_css": False}
+    gr.HTML(markup.heading(name, self._n), elem_id="heading", **bare)
     with gr.Row(elem_id="page"):
       with gr.Column(scale=0, min_width=320, elem_id="panel"):
-        self._card = gr.HTML("", elem_id="card", js_on_load=_PRESSED)
+        self._card = gr.HTML("", elem_id="card", js_on_load=_PRESSED, **bare)
         self._upload = _upload(
           label="Reference picture", height=110, elem_id="upload",
           file_types=list(pictures.SUFFIXES),
         )  # fmt: skip
         self._text = gr.Textbox(
-          label="What shall be different, or what you look for", elem_id="text",
+          label="What is different, or what you look for", elem_id="text",
           placeholder="e.g. is blue with long sleeves", max_length=MAX_TEXT, max_lines=4,
         )  # fmt: skip
         self._search = gr.Button("Search", variant="primary", elem_id="search")
         known = [text for text in _EXAMPLES if not self._retriever.unknown_words(text)]
-        self._examples = gr.HTML(markup.examples(known), elem_id="examples", js_on_load=_PRESSED)
+        self._examples = gr.HTML(
+          markup.examples(known), elem_id="examples", js_on_load=_PRESSED, **bare
+        )
         with gr.Accordion("Filters", open=False, elem_id="filters"):
           self._facets = _facets(self._retriever.about.facets)
           self._floor = gr.Slider(
@@ -138,11 +146,11 @@ class Page:
             info="-1 shows all",
           )  # fmt: skip
       with gr.Column(scale=1, min_width=280, elem_id="found"):
-        self._trail_shown = gr.HTML("", elem_id="trail", js_on_load=_PRESSED)
-        self._status = gr.HTML("", elem_id="status")
+        self._trail_shown = gr.HTML("", elem_id="trail", js_on_load=_PRESSED, **bare)
+        self._status = gr.HTML("", elem_id="status", **bare)
         self._look = gr.Button("Where the model looks", size="sm", visible=False, elem_id="look")
-        self._attention = gr.HTML("", elem_id="attention")
-        self._results = gr.HTML("", elem_id="results", js_on_load=_PRESSED)
+        self._attention = gr.HTML("", elem_id="attention", **bare)
+        self._results = gr.HTML("", elem_id="results", js_on_load=_PRESSED, **bare)
     self._reference, self._trail = gr.State(None), gr.State(Trail())
 
   def _connect(self, blocks: gr.Blocks) -> None:
@@ -152,10 +160,12 @@ class Page:
     state = [self._trail, self._reference, *controls]
     hidden = {"outputs": outputs, "show_progress": "hidden", "api_visibility": "private"}
     focus = {"fn": None, "js": "() => window.backToText()", "api_visibility": "private"}
+    look = {"fn": None, "js": "() => window.onToResults()", "api_visibility": "private"}
 
     blocks.load(self._begin, [self._trail], **hidden)
-    for event in (self._search.click, self._text.submit, self._floor.release):
-      event(self._ask, state, **hidden)
+    for event in (self._search.click, self._text.submit):
+      event(self._ask, state, **hidden).then(**look)
+    self._floor.input(self._ask, state, trigger_mode="always_last", **hidden)
     for facet in self._facets:
       for control in facet.controls:
         events = (control.input,) if facet.values is not None else (control.submit, control.blur)
@@ -164,7 +174,7 @@ class Page:
     self._upload.upload(self._take, [self._upload, *state], **hidden).then(**focus)
     self._results.select(self._choose, state, **hidden).then(**focus)
     self._card.select(self._remove, state, **hidden)
-    self._examples.select(self._exemplify, state, **hidden)
+    self._examples.select(self._exemplify, state, **hidden).then(**look)
     self._trail_shown.select(self._go_back, [self._trail], **hidden)
     self._look.click(
       self._explain, [self._trail], [self._attention, self._status], show_progress="minimal",

@@ -24,4 +24,10 @@
     window.scrollTo({ top: 0, behavior: "smooth" });
     document.querySelector("#text textarea")?.focus({ preventScroll: true });
   };
+  // On a phone they lie below what was asked.
+  window.onToResults = () => {
+    if (window.innerWidth > 760) return;
+    document.activeElement?.blur();
+    document.querySelector("#found")?.scrollIntoView({ behavior: "smooth" });
+  };
 })();

@@ -93,14 +93,17 @@ def serve(retriever: Retriever, name: str, host: str, port: int) -> None:
         f"or a proxy with passwords and HTTPS stand before it, or leave --host away"
       )
     print(end="", flush=True)
-    server = uvicorn.Server(
-      uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=1,
-        limit_concurrency=500,
-      )
-    )  # fmt: skip
     with contextlib.suppress(KeyboardInterrupt):
-      server.run(sockets=[bound])
+      server_of(app).run(sockets=[bound])
+
+
+def server_of(app: fastapi.FastAPI) -> uvicorn.Server:
+  return uvicorn.Server(
+    uvicorn.Config(
+      app, log_level="warning", server_header=False, timeout_graceful_shutdown=1,
+      limit_concurrency=500,
+    )
+  )  # fmt: skip
 
 
 @contextlib.contextmanager
