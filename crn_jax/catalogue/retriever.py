@@ -396,7 +396,8 @@ def _read_row(row: Row) -> np.ndarray:
       raise pictures.Unreadable("changed since it was indexed; run --mode=index again")
     return pictures.decode(content)
   except pictures.Unreadable as error:
-    raise UserError(f"{row.id} ({row.path}): {error}") from error
+    # Not the path: who asks a server is not to learn where its files lie.
+    raise UserError(f"{row.id}: {error}") from error
 
 
 def _load(path: str | os.PathLike) -> model.Model:

@@ -177,7 +177,7 @@ def test_a_file_that_is_too_large_is_said(visit, tmp_path):
   large = tmp_path / "large.png"
   large.write_bytes(bytes(21_000_000))
   upload(page, large)
-  page.get_by_text("File size exceeds").first.wait_for()
+  page.get_by_text("exceed the maximum allowed size of 19.1").first.wait_for()
 
 
 def test_words_that_are_not_known_are_named(visit):

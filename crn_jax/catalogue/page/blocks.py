@@ -285,7 +285,7 @@ class Page:
     """The HTTP API: one function, whose arguments have the types of these invisible fields."""
     with gr.Row(visible=False):
       image = _upload(label="image")
-      identifier, text = gr.Textbox(label="id"), gr.Textbox(label="text")
+      identifier, text = gr.Textbox(label="id"), gr.Textbox("", label="text")
       where, k = gr.JSON(label="where"), gr.Number(10, label="k", precision=0)
       floor, found = gr.Number(label="min_score"), gr.JSON(label="hits")
       gr.Button().click(

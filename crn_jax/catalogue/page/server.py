@@ -154,16 +154,20 @@ class _Guard:
         message["headers"] = [*message.get("headers", ()), *_HEADERS.items()]
       await send(message)
 
+    async def send_some(message):
+      # What the application makes of a body that breaks off is not to be said.
+      if taken <= most or started:
+        await send_with_headers(message)
+
     too_large = PlainTextResponse(f"At most {most:,} bytes are taken.\n", 413)
     length = dict(scope["headers"]).get(b"content-length", b"0")
     if not length.isdigit() or int(length) > most:
       await too_large(scope, receive, send_with_headers)
       return
-    try:
-      await self._app(scope, receive_some, send_with_headers)
-    except _TooLarge:
-      if not started:
-        await too_large(scope, receive, send_with_headers)
+    with contextlib.suppress(_TooLarge):
+      await self._app(scope, receive_some, send_some)
+    if taken > most and not started:
+      await too_large(scope, receive, send_with_headers)
 
 
 class _TooLarge(Exception):
