@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import http.client
+import json
 import os
 import pathlib
 import re
@@ -78,8 +79,42 @@ def request(url: str, path: str, method="GET", **options) -> tuple[int, bytes, d
   return found
 
 
+def upload(url: str, content: bytes) -> tuple[int, bytes, dict]:
+  """What the server answers to an upload."""
+  body = (
+    b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    + content + b"\r\n--x--\r\n"
+  )  # fmt: skip
+  headers = {"Content-Type": "multipart/form-data; boundary=x"}
+  return request(url, "/gradio_api/upload", "POST", body=body, headers=headers)
+
+
+def ask(url: str, image=None, text="", where=None) -> str:
+  """What the server says, without the client, which would upload the files that it finds."""
+  body = json.dumps({"data": [image, text, None, where, 10, None]})
+  headers = {"Content-Type": "application/json"}
+  status, content, _ = request(url, "/gradio_api/call/search", "POST", body=body, headers=headers)
+  if status != 200:
+    return f"event: error {content.decode()}"
+  event = json.loads(content)["event_id"]
+  return request(url, f"/gradio_api/call/search/{event}")[1].decode()
+
+
+def file_of(path) -> dict:
+  return {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+
+
 def picture(url: str, identifier: str, route="picture") -> int:
   return request(url, f"/{route}?id={urllib.parse.quote(identifier, safe='')}")[0]
+
+
+def test_no_other_host_is_asked(url, asked_for, place):
+  """Names of hosts are looked up before they are asked. The first test, as the client asks one."""
+  for path in ("/", "/config", "/theme.css", "/picture?id=05", "/gradio_api/info"):
+    assert request(url, path)[0] == 200
+  (uploaded,) = json.loads(upload(url, (place / "pictures" / "5.png").read_bytes())[1])
+  assert "event: complete" in ask(url, file_of(uploaded), "is red")
+  assert {"127.0.0.1"} <= asked_for <= {"127.0.0.1", "localhost"}
 
 
 class TestLetsOut:
@@ -135,16 +170,9 @@ class TestLetsOut:
 
 class TestLetsIn:
   def test_uploads_up_to_a_size(self, url):
-    def upload(n: int) -> int:
-      body = (
-        b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        + bytes(n) + b"\r\n--x--\r\n"
-      )  # fmt: skip
-      headers = {"Content-Type": "multipart/form-data; boundary=x"}
-      return request(url, "/gradio_api/upload", "POST", body=body, headers=headers)[0]
-
-    assert upload(19_000_000) == 200
-    assert upload(20_000_001) == 413
+    assert upload(url, bytes(19_000_000))[0] == 200
+    assert upload(url, bytes(20_000_001))[0] == 413
+    assert upload(url, bytes(30_000_000))[0] == 413
 
   def test_requests_up_to_a_size(self, url):
     for length in (1_000_001, 10**12):
@@ -162,6 +190,12 @@ class TestLetsIn:
       url, "/gradio_api/queue/join", "POST", body=pieces, headers=headers, encode_chunked=True
     )[0]
     assert status == 413
+
+  def test_json_only(self, url):
+    headers = {"Content-Type": "application/json"}
+    for body in (b"{", b"[" * 100_000, b"\xff"):
+      status, _, _ = request(url, "/gradio_api/queue/join", "POST", body=body, headers=headers)
+      assert status == 400
 
   def test_names_of_this_machine_only(self, url, retriever):
     for name in ("localhost", "127.0.0.1:1"):
@@ -224,15 +258,20 @@ class TestApi:
       with pytest.raises(gradio_client.exceptions.AppError, match=message):
         client.predict(image=image, api_name="/search")
 
-  def test_no_file_of_the_server_and_no_address_is_read(self, client, url, place):
-    for path in (str(place / "pictures" / "5.png"), "/etc/passwd", f"{url}/picture?id=05",
-                 "ftp://127.0.0.1/a.png", "file:///etc/passwd"):  # fmt: skip
-      image = {"path": path, "meta": {"_type": "gradio.FileData"}}
-      with pytest.raises(Exception, match="Error|error|not|fetched"):
-        client.predict(image=image, api_name="/search")
-      image["url"] = image["path"]
-      with pytest.raises(Exception, match="Error|error|not|fetched"):
-        client.predict(image=image, api_name="/search")
+  def test_no_file_of_the_server_and_no_address_is_read(self, url, place):
+    (uploaded,) = json.loads(upload(url, (place / "pictures" / "5.png").read_bytes())[1])
+    assert "event: complete" in ask(url, file_of(uploaded))
+    inside = pathlib.Path(uploaded).parents[1]
+    (inside / "link.png").symlink_to(place / "pictures" / "5.png")
+    for path in (place / "pictures" / "5.png", "/etc/passwd", f"{url}/picture?id=05",
+                 "ftp://127.0.0.1/a.png", "file:///etc/passwd", inside, inside / "link.png",
+                 inside / ".." / "..", f"{uploaded}\0", f"{inside}x/5.png"):  # fmt: skip
+      for image in (file_of(path), file_of(path) | {"url": str(path)}):
+        # The same wherever it is said: Gradio looks for files in values of every kind.
+        for given in ({"image": image}, {"text": "is red", "where": {"kind": [{"a": image}]}}):
+          answer = ask(url, **given)
+          assert "event: error" in answer
+          assert "A file must be uploaded first" in answer
 
   def test_one_bad_request_spoils_no_other(self, url, client, retriever):
     (function,) = [f for f in client.endpoints.values() if f.api_name == "/search"]
@@ -258,12 +297,6 @@ class TestApi:
     assert "http://127.0.0.1:7860" in code
     exec(compile(code.replace("http://127.0.0.1:7860", url), "docs", "exec"), {})
     assert len(re.findall(r"^-?\d\.\d{3} \S+", capsys.readouterr().out, re.MULTILINE)) >= 1
-
-
-def test_no_other_host_was_asked(client, url, asked_for):
-  """Not by any of the above; the names of hosts are looked up before they are asked."""
-  client.predict(text="is red", api_name="/search")
-  assert {"127.0.0.1"} <= asked_for <= {"127.0.0.1", "localhost", "0.0.0.0", None}
 
 
 class TestListening:

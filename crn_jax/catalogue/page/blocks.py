@@ -61,21 +61,6 @@ def theme() -> gr.themes.Base:
   )
 
 
-def _upload(**options) -> gr.File:
-  """Takes files that were uploaded; addresses, which the server would fetch, are refused."""
-  field = gr.File(type="binary", **options)
-  move = field.async_move_resource_to_block_cache
-
-  async def move_uploaded(path):
-    if "://" in str(path):
-      raise gr.Error("upload the picture itself; addresses are not fetched", print_exception=False)
-    return await move(path)
-
-  # A class of its own would be a component whose script Gradio's page then looks for.
-  field.async_move_resource_to_block_cache = move_uploaded
-  return field
-
-
 @dataclasses.dataclass(frozen=True)
 class _Facet:
   """The controls of a field of the metadata, which give what `filters.expression` takes.
@@ -126,8 +111,8 @@ class Page:
     with gr.Row(elem_id="page"):
       with gr.Column(scale=0, min_width=320, elem_id="panel"):
         self._card = gr.HTML("", elem_id="card", js_on_load=_PRESSED, **bare)
-        self._upload = _upload(
-          label="Reference picture", height=110, elem_id="upload",
+        self._upload = gr.File(
+          label="Reference picture", type="binary", height=110, elem_id="upload",
           file_types=list(pictures.SUFFIXES),
         )  # fmt: skip
         self._text = gr.Textbox(
@@ -284,7 +269,7 @@ class Page:
   def _offer_api(self) -> None:
     """The HTTP API: one function, whose arguments have the types of these invisible fields."""
     with gr.Row(visible=False):
-      image = _upload(label="image")
+      image = gr.File(label="image", type="binary")
       identifier, text = gr.Textbox(label="id"), gr.Textbox("", label="text")
       where, k = gr.JSON(label="where"), gr.Number(10, label="k", precision=0)
       floor, found = gr.Number(label="min_score"), gr.JSON(label="hits")

@@ -15,26 +15,10 @@ from starlette.responses import PlainTextResponse
 
 from crn_jax.catalogue import pictures
 from crn_jax.catalogue.batcher import Batcher
-from crn_jax.catalogue.page import blocks
+from crn_jax.catalogue.page import blocks, guard
 from crn_jax.catalogue.page.thumbnails import Thumbnails, Uploads
 from crn_jax.catalogue.retriever import Retriever
 from crn_jax.errors import UserError
-
-# Bytes of a request: an upload with what surrounds it; anything else.
-_MOST_UPLOAD, _MOST = pictures.MAX_UPLOAD + 100_000, 1_000_000
-
-# The browser itself then asks no other host for anything. Gradio makes functions out of texts.
-_POLICY = (
-  "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
-  "style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; "
-  "media-src 'self' blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; "
-  "form-action 'self'; frame-ancestors 'self'"
-)
-_HEADERS = {
-  b"content-security-policy": _POLICY.encode(),
-  b"x-content-type-options": b"nosniff",
-  b"referrer-policy": b"no-referrer",
-}
 
 
 @contextlib.contextmanager
@@ -59,15 +43,15 @@ def application(retriever: Retriever, name: str, host: str) -> Iterator[fastapi.
   def upload(id: str):
     return _jpeg(uploads.thumbnail, id)
 
-  app.add_middleware(_Guard)
-  if _is_local(host):
-    names = ["localhost", "127.0.0.1", "[::1]", host]
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
   with (
     Batcher(retriever) as batcher,
     tempfile.TemporaryDirectory(prefix="crn_jax_page_") as folder,
     _environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False"),
   ):
+    app.add_middleware(guard.Guard, uploads=folder)
+    if _is_local(host):
+      names = ["localhost", "127.0.0.1", "[::1]", host]
+      app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     page = blocks.Page(retriever, batcher, uploads, name)
     yield gr.mount_gradio_app(
       app, page.blocks, path="/", server_name=host, ssr_mode=False, show_error=False,
@@ -124,54 +108,6 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
     ) from error
   with bound:
     yield bound
-
-
-class _Guard:
-  """Bounds requests in bytes, and adds headers to answers."""
-
-  def __init__(self, app):
-    self._app = app
-
-  async def __call__(self, scope, receive, send):
-    if scope["type"] != "http":
-      await self._app(scope, receive, send)
-      return
-    most = _MOST_UPLOAD if scope["path"] == "/gradio_api/upload" else _MOST
-    started, taken = False, 0
-
-    async def receive_some():
-      nonlocal taken
-      message = await receive()
-      taken += len(message.get("body", b""))
-      if taken > most:
-        raise _TooLarge
-      return message
-
-    async def send_with_headers(message):
-      nonlocal started
-      if message["type"] == "http.response.start":
-        started = True
-        message["headers"] = [*message.get("headers", ()), *_HEADERS.items()]
-      await send(message)
-
-    async def send_some(message):
-      # What the application makes of a body that breaks off is not to be said.
-      if taken <= most or started:
-        await send_with_headers(message)
-
-    too_large = PlainTextResponse(f"At most {most:,} bytes are taken.\n", 413)
-    length = dict(scope["headers"]).get(b"content-length", b"0")
-    if not length.isdigit() or int(length) > most:
-      await too_large(scope, receive, send_with_headers)
-      return
-    with contextlib.suppress(_TooLarge):
-      await self._app(scope, receive_some, send_some)
-    if taken > most and not started:
-      await too_large(scope, receive, send_with_headers)
-
-
-class _TooLarge(Exception):
-  """More bytes came than are taken."""
 
 
 def _jpeg(get, name: str) -> fastapi.Response:
