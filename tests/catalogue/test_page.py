@@ -151,8 +151,8 @@ def test_filters_and_floor(visit, retriever):
   among = expected(retriever, text="is red", filter='kind == "dress" and price <= 7')
   assert ids(page) == among
   assert page.locator("#trail li").count() == 2  # Refined, not another step.
-  page.get_by_label("number input for Least score").fill("0.999")
-  page.get_by_label("number input for Least score").press("Enter")
+  page.get_by_label("Least score").fill("0.999")
+  page.get_by_label("Least score").press("Enter")
   page.locator("#status", has_text="Nothing is found").wait_for()
 
 

@@ -126,10 +126,9 @@ class Page:
         )
         with gr.Accordion("Filters", open=False, elem_id="filters"):
           self._facets = _facets(self._retriever.about.facets)
-          self._floor = gr.Slider(
-            -1, 1, -1, step=0.01, label="Least score", elem_id="floor", buttons=[],
-            info="-1 shows all",
-          )  # fmt: skip
+          self._floor = gr.Number(
+            label="Least score", placeholder="-1 to 1", value=None, step=0.05, elem_id="floor"
+          )
       with gr.Column(scale=1, min_width=280, elem_id="found"):
         self._trail_shown = gr.HTML("", elem_id="trail", js_on_load=_PRESSED, **bare)
         self._status = gr.HTML("", elem_id="status", **bare)
@@ -150,7 +149,8 @@ class Page:
     blocks.load(self._begin, [self._trail], **hidden)
     for event in (self._search.click, self._text.submit):
       event(self._ask, state, **hidden).then(**look)
-    self._floor.input(self._ask, state, trigger_mode="always_last", **hidden)
+    for event in (self._floor.submit, self._floor.blur):
+      event(self._ask, state, **hidden)
     for facet in self._facets:
       for control in facet.controls:
         events = (control.input,) if facet.values is not None else (control.submit, control.blur)
@@ -201,14 +201,12 @@ class Page:
       values, given = given[: len(facet.controls)], given[len(facet.controls) :]
       if (asked := facet.read(values)) is not None:
         where[facet.name] = asked
-    return Step(
-      reference, (text or "").strip(), json.dumps(where), floor if floor and floor > -1 else None
-    )
+    return Step(reference, (text or "").strip(), json.dumps(where), floor)
 
   async def _shown(self, trail: Trail) -> dict:
     """The whole page at a step of a dialogue; what is wrong with it is said on the page."""
     step = trail.current
-    controls = {self._text: step.text, self._floor: -1 if step.floor is None else step.floor}
+    controls = {self._text: step.text, self._floor: step.floor}
     for facet in self._facets:
       controls |= zip(facet.controls, facet.show(step.filters.get(facet.name)), strict=True)
     try:
