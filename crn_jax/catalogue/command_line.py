@@ -80,9 +80,12 @@ def _index(as_json: bool) -> str:
   from crn_jax.workdir.interrupt import Interrupted, Interruption
 
   indexing.sources(_IMAGES.value)  # Before the model is loaded, which takes seconds.
-  with Store(_INDEX.value, _COLLECTION.value, create=True) as store, Interruption("batch") as stop:
+  with Interruption("batch") as stop:
     ready = encoders.Encoders(model.load(_MODEL.value))
-    report = indexing.update(store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None)
+    with Store(_INDEX.value, _COLLECTION.value, create=True) as store:
+      report = indexing.update(
+        store, ready, _IMAGES.value, stopped=lambda: stop.signal is not None
+      )  # fmt: skip
   if not report.complete:
     raise Interrupted(report.total, stop.signal, unit="picture")
   return json.dumps(dataclasses.asdict(report)) if as_json else _described(report)
@@ -127,7 +130,9 @@ def _search(as_json: bool) -> str:
     return json.dumps(found | ({"grid": drawn} if drawn else {}))
   lines = [_table(hits)] if hits else ["nothing found"]
   if unknown:
-    lines.append(f"words that the model has not learned, and passes over: {', '.join(unknown)}")
+    lines.append(
+      f"words that the model has not learned, and cannot tell apart: {', '.join(unknown)}"
+    )
   if drawn:
     lines.append(f"written {drawn}")
   return "\n".join(lines)

@@ -82,12 +82,12 @@ def sources(images: str | os.PathLike) -> tuple[list[Source], list[Skipped]]:
   else:
     what = "no such folder or file" if not path.exists() else "neither a folder nor a manifest"
     raise UserError(
-      f"--images={images}: {what}; expected a folder of pictures, or a list of them that ends in "
+      f"{images}: {what}; expected a folder of pictures, or a list of them that ends in "
       f".csv or .jsonl"
     )
   if not found:
     # Else a mistyped folder would empty the catalogue.
-    raise UserError(f"--images={images}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
+    raise UserError(f"{images}: no pictures in it ({', '.join(pictures.SUFFIXES)})")
   return found, skipped
 
 
@@ -130,7 +130,7 @@ def update(
       if not work.seen:
         first = report.skipped[0]
         raise UserError(
-          f"--images={images}: none of the {len(found):,} pictures can be read; the first is "
+          f"{images}: none of the {len(found):,} pictures can be read; the first is "
           f"{first.path}: {first.reason}"
         )
       work.remove_gone()

@@ -57,13 +57,15 @@ def load(path: str | os.PathLike) -> Model:
   """
   path = pathlib.Path(path).expanduser().absolute()
   if not path.is_dir():
-    raise UserError(f"--model={path}: no such folder; expected that of a trained run, or of towers")
+    raise UserError(
+      f"{path}: no such folder; a model is that of a trained run, or of converted towers"
+    )
   if (path / "config.json").exists():
     return _of_run(path)
   if (path / "_CHECKPOINT_METADATA").exists():
     return _of_towers(path)
   raise UserError(
-    f"--model={path}: holds neither a trained run (config.json) nor weights that "
+    f"{path}: holds neither a trained run (config.json) nor weights that "
     f"convert_torch_weights.py wrote; train one with python main.py --config=configs/demo.py"
   )
 

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from crn_jax.catalogue import encoders, indexing, model, pictures, rankers
-from crn_jax.catalogue.store import COLLECTION, MAX_K, About, Row, Store, key_of
+from crn_jax.catalogue import encoders, indexing, pictures, rankers
+from crn_jax.catalogue import model as models
+from crn_jax.catalogue.store import COLLECTION, MAX_K, About, Row, Store, key_of, unit
 from crn_jax.errors import UserError
 
 # Pictures of an embedded catalogue whose rows are kept: nobody can change them meanwhile.
@@ -34,7 +35,7 @@ class Query:
     text: modification, or description if there is no picture; "" for none.
     id: of a picture of the catalogue, in place of `image`. It is no answer to its own query.
     filter: an expression of Milvus over the metadata, e.g. 'kind == "dress"'; "" for all pictures.
-      `store.equals` writes one for any value.
+      `filters.equals` writes one for any value.
   """
 
   image: Picture | None = None
@@ -99,7 +100,7 @@ class Retriever:
     batch_size: queries of the compiled program.
   """
 
-  def __init__(self, store: Store, about: About, loaded: model.Model, batch_size: int):
+  def __init__(self, store: Store, about: About, loaded: models.Model, batch_size: int):
     """Use `open`."""
     self.about, self.batch_size = about, batch_size
     self._store, self._rows = store, {}
@@ -135,7 +136,7 @@ class Retriever:
       about = store.about()
       if about is None:
         raise UserError(f"{index}: holds no catalogue {collection}; make it with --mode=index")
-      loaded = _load(model or about.model)
+      loaded = models.load(model or about.model)
       indexing.check_model(about, loaded, str(index))
       if store.embedded:
         store.flush()  # What a killed process has left.
@@ -200,7 +201,7 @@ class Retriever:
       min_score: pictures that score less are left out.
 
     Raises:
-      UserError: an unfit k.
+      UserError: an unfit k; a model that gives vectors that are not finite.
     """
     if not 1 <= k <= MAX_K:
       raise UserError(f"k: expected 1 to {MAX_K:,}, got {k}")
@@ -230,7 +231,7 @@ class Retriever:
     return bool(self._notes)
 
   def unknown_words(self, text: str) -> list[str]:
-    """Words of a text that say nothing to the model, as it has learned them nowhere."""
+    """Words of a text that the model has not learned: all of them are one and the same to it."""
     tokenizer = self._encoders.model.tokenizer
     if not text.strip():
       return []
@@ -246,7 +247,7 @@ class Retriever:
     key = key_of(id)
     found = self._store.get([key])
     if key not in found:
-      raise UserError(f"--id={id}: no such picture in {self._store.index}")
+      raise UserError(f"id {id!r}: no such picture in {self._store.index}")
     return found[key]
 
   def sample(self, n: int, filter: str = "") -> list[Row]:
@@ -266,6 +267,8 @@ class Retriever:
     prepared = list(self._pool.map(self._prepare_or_error, queries))
     good = [p for p in prepared if isinstance(p, _Prepared)]
     vectors = self._vectors(good)
+    if not unit(vectors).all():
+      raise UserError(f"{self.about.model}: the model gives no finite vector; was it trained well?")
     rankings = self._rank_or_errors(vectors, [p.query.filter for p in good], k)
     rankings = [
       r if isinstance(r, UserError) else _best(p.query, r, k)
@@ -337,10 +340,9 @@ class Retriever:
       alone = zip(vectors[:, None], filters, strict=True)
       return [self._rank_or_errors(vector, [filter_], k)[0] for vector, filter_ in alone]
 
-  def _rank(self, vectors: np.ndarray, filters: list[str], k: int = 10) -> list[rankers.Ranking]:
+  def _rank(self, vectors: np.ndarray, filters: list[str], k: int) -> list[rankers.Ranking]:
     # In powers of two, so that few programs are compiled.
-    wide = 1 << (k + _SPARE).bit_length()
-    return self._ranker.rank(vectors[: len(filters)], wide, filters)
+    return self._ranker.rank(vectors, 1 << (k + _SPARE).bit_length(), filters)
 
 
 def _best(query: Query, ranking: rankers.Ranking, k: int) -> rankers.Ranking:
@@ -398,8 +400,3 @@ def _read_row(row: Row) -> np.ndarray:
   except pictures.Unreadable as error:
     # Not the path: who asks a server is not to learn where its files lie.
     raise UserError(f"{row.id}: {error}") from error
-
-
-def _load(path: str | os.PathLike) -> model.Model:
-  # A function of its own, as `Retriever.open` has an argument of the module's name.
-  return model.load(path)

@@ -16,12 +16,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pymilvus
-from milvus_lite.server_manager import server_manager_instance
 from pymilvus import DataType, MilvusClient
 
+from crn_jax.catalogue import filters, lite
 from crn_jax.catalogue.pictures import Metadata
 from crn_jax.errors import UserError
-from crn_jax.workdir.lock import lock
 
 TOKEN = "MILVUS_TOKEN"
 COLLECTION = "catalogue"
@@ -93,18 +92,6 @@ def key_of(identifier: str) -> str:
   return hashlib.sha256(identifier.encode()).hexdigest()[:32]
 
 
-def quote(text: str) -> str:
-  """A text as a filter writes it."""
-  for character, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
-    text = text.replace(character, escaped)
-  return f'"{text}"'
-
-
-def equals(name: str, value: str | int | float | bool) -> str:
-  """The filter of what has this value of a field; whatever the value, it says no more than that."""
-  return f"{name} == {quote(value) if isinstance(value, str) else json.dumps(value)}"
-
-
 def is_server(index: str) -> bool:
   return index.startswith(("http://", "https://"))
 
@@ -117,7 +104,7 @@ def _in_words(method):
     try:
       return method(self, *args, **kwargs)
     except pymilvus.MilvusException as error:
-      raise UserError(f"{self.index}: Milvus failed ({_first_line(error)})") from error
+      raise UserError(f"{self.index}: Milvus failed ({filters.first_line(error)})") from error
 
   return call
 
@@ -145,7 +132,7 @@ class Store:
     """
     self.index, self._name = os.fspath(index), collection
     if not re.fullmatch(r"[A-Za-z_]\w{0,200}", collection, re.ASCII):
-      raise UserError(f"--collection={collection}: expected letters, digits and _, no digit first")
+      raise UserError(f"collection {collection!r}: expected letters, digits and _, no digit first")
     self._held = contextlib.ExitStack()
     self.cache: pathlib.Path | None = None
     token = ""
@@ -153,11 +140,13 @@ class Store:
       undo.callback(self._held.close)
       if is_server(self.index):
         if "@" in self.index:
-          raise UserError(f"--index: give user and password as {TOKEN}=USER:PASSWORD, not in there")
+          raise UserError(
+            f"index: give user and password as {TOKEN}=USER:PASSWORD, not in its address"
+          )
         token = os.environ.get(TOKEN, "")
         uri = self.index
       else:
-        uri = self._hold_folder(create)
+        uri, self.cache = self._held.enter_context(lite.held(self.index, create=create))
       try:
         # Pings of an idle connection are too many for Milvus Lite, which then complains of them.
         quiet = {"grpc.keepalive_permit_without_calls": 0}
@@ -193,7 +182,7 @@ class Store:
     """
     if not self._exists:
       return None
-    rows = self._query(self._about, f"key == {quote(_ABOUT_KEY)}", ["content"])
+    rows = self._query(self._about, f"key == {filters.quote(_ABOUT_KEY)}", ["content"])
     if not rows:
       return None
     content = json.loads(rows[0]["content"])
@@ -262,7 +251,7 @@ class Store:
   def delete(self, keys: Iterable[str]) -> None:
     keys = list(keys)
     for start in range(0, len(keys), _NAMED):
-      self._client.delete(self._name, filter=_named(keys[start : start + _NAMED]))
+      self._client.delete(self._name, filter=filters.named(keys[start : start + _NAMED]))
 
   @_in_words
   def flush(self) -> None:
@@ -304,13 +293,13 @@ class Store:
     Raises:
       UserError: the filter is none.
     """
-    with _about_filter(filter_):
+    with filters.said_of(filter_):
       return [row["key"] for row in self._query(self._name, filter_, ["key"])]
 
   @_in_words
   def sample(self, n: int, filter_: str = "") -> list[Row]:
     """Some pictures, the same ones every time: the first by their keys, which are hashes."""
-    with _about_filter(filter_):
+    with filters.said_of(filter_):
       iterator = self._client.query_iterator(
         self._name, batch_size=n, limit=n, filter=filter_, output_fields=[*_FIELDS, "$meta"]
       )
@@ -330,7 +319,7 @@ class Store:
     Raises:
       UserError: the filter is none.
     """
-    with _about_filter(filter_):
+    with filters.said_of(filter_):
       # Without output fields whole vectors come back.
       found = self._client.search(
         self._name, data=vectors.tolist(), limit=k, filter=filter_, output_fields=["key"],
@@ -366,7 +355,7 @@ class Store:
   def _get(self, keys: Iterable[str], fields: list[str]) -> Iterator[dict]:
     keys = list(dict.fromkeys(keys))
     for start in range(0, len(keys), _NAMED):
-      yield from self._query(self._name, _named(keys[start : start + _NAMED]), fields)
+      yield from self._query(self._name, filters.named(keys[start : start + _NAMED]), fields)
 
   def _pages(self, fields: list[str], size: int) -> Iterator[list[dict]]:
     iterator = self._pages_of(fields, size)
@@ -382,49 +371,16 @@ class Store:
   def _next(self, iterator) -> list[dict]:
     return iterator.next()
 
-  def _hold_folder(self, create: bool) -> str:
-    """Checks and locks the folder of Milvus Lite; the address under which Milvus knows it."""
-    path = pathlib.Path(self.index).expanduser().absolute()
-    if path.suffix != ".db":
-      raise UserError(
-        f"--index={self.index}: expected a name that ends in .db, or http://host:port of a server"
-      )
-    if path.is_file():
-      raise UserError(
-        f"{path}: a file, and so no index of this program: Milvus Lite 3 keeps a folder, and does "
-        f"not read the files of Milvus Lite 2. Choose another --index and index anew"
-      )
-    there = path.is_dir()
-    if there and any(path.iterdir()) and not (path / "collections").is_dir():
-      raise UserError(f"{path}: a folder, but no index; choose another --index")
-    if not there and not create:
-      raise UserError(
-        f"{path}: no such index; make it with python main.py --mode=index --model=MODEL "
-        f"--images=PICTURES --index={self.index}"
-      )
-    # The folder that Milvus Lite goes by is made by us, so that ours may be made in it, too.
-    (path / "collections").mkdir(parents=True, exist_ok=True)
-    self.cache = path / "crn_jax"
-    self.cache.mkdir(exist_ok=True)
-    self._held.enter_context(
-      lock(
-        self.cache,
-        ("another process has this index open", "Only one can: end it, or index on a Milvus "
-         "server (--index=http://host:19530), which serves many"),
-      )
-    )  # fmt: skip
-    self._held.callback(server_manager_instance.release_server, str(path))
-    return str(path)
-
   def _cannot_open(self, error: pymilvus.MilvusException) -> str:
+    why = filters.first_line(error)
     if self.embedded:
       return (
-        f"{self.index}: Milvus Lite cannot open it ({_first_line(error)}). Does another program "
-        f"have it open? Only one can. Was it written by another version? Then index anew"
+        f"{self.index}: Milvus Lite cannot open it ({why}). Does another program have it open? "
+        f"Only one can. Was it written by another version? Then index anew"
       )
     return (
-      f"{self.index}: no connection to a Milvus server ({_first_line(error)}). Is it running? Its "
-      f"token is read from the environment, {TOKEN}"
+      f"{self.index}: no connection to a Milvus server ({why}). Is it running? Its token is read "
+      f"from the environment, {TOKEN}"
     )
 
 
@@ -434,28 +390,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
   return np.abs(np.linalg.norm(vectors, axis=1) - 1) < 1e-3
 
 
-def _named(keys: Sequence[str]) -> str:
-  return f"key in [{', '.join(map(quote, keys))}]"
-
-
 def _row(found: dict) -> Row:
   metadata = {k: v for k, v in found.items() if k not in (*_FIELDS, "key", "vector")}
   return Row(**{field: found[field] for field in _FIELDS}, metadata=metadata)
-
-
-@contextlib.contextmanager
-def _about_filter(filter_: str) -> Iterator[None]:
-  """Says of an error that it is about the filter, if there is one."""
-  try:
-    yield
-  except pymilvus.MilvusException as error:
-    if not filter_:
-      raise
-    message = _first_line(error)
-    raise UserError(
-      f'--filter={filter_}: not understood ({message}); write e.g. kind == "dress" and price < 50'
-    ) from error
-
-
-def _first_line(error: pymilvus.MilvusException) -> str:
-  return (error.message or str(error)).strip().split("\n")[0]

@@ -57,7 +57,7 @@ def main(*options: str, folder: pathlib.Path) -> tuple[int, str, str]:
     (["--mode=search"], "--mode=search needs --index"),
     (["--mode=index", "--index=a.db"], "--mode=index needs --model, e.g. --model=runs/demo_crn"),
     (["--mode=index", "--index=a.db", "--model=x"], "--mode=index needs --images"),
-    (["--mode=index", "--index=a.db", "--model=x", "--images=y"], "--images=y: no such folder"),
+    (["--mode=index", "--index=a.db", "--model=x", "--images=y"], "y: no such folder"),
     (["--mode=search", "--index=a.db", "--text=x"], "a.db: no such index; make it with"),
     (["--mode=search", "--index=a.db", "--k=many"], "--k=many"),
   ],
@@ -150,7 +150,7 @@ class TestDocs:
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      (["--text=is red", "--filter=kind = "], "error: --filter=kind = : not understood ("),
+      (["--text=is red", "--filter=kind = "], "error: filter 'kind = ': not understood ("),
       (["--image=my_pictures/broken.png"], "error: my_pictures/broken.png: not a picture of these"),
     ],
   )

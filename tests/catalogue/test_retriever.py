@@ -15,8 +15,9 @@ from PIL import Image
 
 import crn_jax
 from crn_jax.catalogue import encoders, indexing, model, pictures, rankers
+from crn_jax.catalogue.filters import equals
 from crn_jax.catalogue.retriever import Query, Retriever
-from crn_jax.catalogue.store import Store, equals
+from crn_jax.catalogue.store import Store
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.dataset import EvalSplit, Triplets
 from crn_jax.methods import registry
@@ -193,7 +194,7 @@ class TestMistakes:
       ({}, "nothing to look for: give a picture, a text, or both"),
       ({"text": "  \n"}, "nothing to look for"),
       ({"text": "x" * 1_001}, "the text has 1,001 characters; at most 1,000"),
-      ({"id": "absent"}, "--id=absent: no such picture in .*a.db"),
+      ({"id": "absent"}, "id 'absent': no such picture in .*a.db"),
       ({"id": '" or key != "'}, "no such picture"),
       ({"id": "03", "image": b"x"}, "as image or by its id, not both"),
       ({"image": "absent.png"}, "^absent.png: no such file"),
@@ -201,7 +202,7 @@ class TestMistakes:
       ({"image": b"x" * (pictures.MAX_UPLOAD + 1)}, "the picture: larger than 20 MB"),
       ({"image": np.zeros((4, 4), np.uint8)}, r"expected \[h, w, 3\] uint8, got \[4, 4\] uint8"),
       ({"image": Image.new("RGB", (1, 500))}, "the picture: too elongated"),
-      ({"text": "is red", "filter": "kind = shirt"}, "--filter=kind = shirt: not understood"),
+      ({"text": "is red", "filter": "kind = shirt"}, "filter 'kind = shirt': not understood"),
       ({"text": "is red", "k": 0}, "k: expected 1 to 1,000, got 0"),
       ({"text": "is red", "k": 1_001}, "k: expected 1 to 1,000, got 1001"),
     ],
@@ -222,6 +223,17 @@ class TestMistakes:
     assert [h.id for h in answers[1]] == [h.id for h in answers[4]]
     assert retriever.query_batch([], k=3) == []
     assert all(isinstance(a, UserError) for a in retriever.query_batch(bad, k=3))
+
+  def test_a_model_without_finite_vectors(self, retriever, monkeypatch):
+    answer = retriever._encoders.answer
+
+    def broken(*args):
+      found = answer(*args)
+      return dataclasses.replace(found, text=np.full_like(found.text, np.nan))
+
+    monkeypatch.setattr(retriever._encoders, "answer", broken)
+    with pytest.raises(UserError, match="run: the model gives no finite vector"):
+      retriever.query(text="is red")
 
   def test_a_picture_that_changed_since(self, place, retriever):
     """Its vector is known, but composing needs the picture itself."""
@@ -271,8 +283,8 @@ class TestOpening:
   @pytest.mark.parametrize(
     ("name", "message"),
     [
-      ("absent", "--model=.*absent: no such folder"),
-      ("pictures", "--model=.*pictures: holds neither a trained run"),
+      ("absent", "absent: no such folder; a model is"),
+      ("pictures", "pictures: holds neither a trained run"),
     ],
   )
   def test_what_is_no_model(self, name, message, place):

@@ -12,7 +12,8 @@ import pytest
 from milvus_lite.server_manager import server_manager_instance
 
 from crn_jax.catalogue import store as stores
-from crn_jax.catalogue.store import Store, equals
+from crn_jax.catalogue.filters import equals
+from crn_jax.catalogue.store import Store
 from crn_jax.errors import UserError
 from tests.catalogue import made
 
@@ -132,7 +133,7 @@ class TestFilters:
     ):  # fmt: skip
       with pytest.raises(UserError) as error:
         ask(filter_)
-      assert str(error.value).startswith(f"--filter={filter_}: not understood (")
+      assert str(error.value).startswith(f"filter {filter_!r}: not understood (")
       assert "\n" not in str(error.value)
 
 
@@ -297,7 +298,7 @@ class TestOpening:
     assert (tmp_path / "x" / "y.db").is_dir()
 
   def test_a_name_of_a_collection(self, tmp_path):
-    with pytest.raises(UserError, match="--collection=a-b: expected letters"):
+    with pytest.raises(UserError, match="collection 'a-b': expected letters"):
       Store(tmp_path / "a.db", "a-b", create=True)
 
   def test_a_server_that_is_not_there(self, monkeypatch):

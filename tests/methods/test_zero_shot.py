@@ -4,6 +4,8 @@ import functools
 import html
 import json
 import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -23,6 +25,7 @@ from tests import small_towers, tiny
 from tests.torch_models import torch
 
 MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +241,28 @@ def test_half_precision_changes_little(weights, drawn, tmp_path):
     assert " exp " in lowered
     assert not [line for line in lowered.splitlines() if " exp " in line and ":bf16" in line]
   assert 0 < np.abs(found["float32"] - found["bfloat16"]).max() < 0.05
+
+
+@pytest.mark.slow
+def test_from_a_hugging_face_folder_to_the_report_by_the_programs_alone(drawn, tmp_path):
+  small_towers.save("clip", tmp_path / "huggingface")
+
+  def run(program, *arguments):
+    command = [sys.executable, ROOT / program, *arguments]
+    return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+  done = run("convert_torch_weights.py", "--input=huggingface", "--output=weights/clip")
+  assert done.returncode == 0, done.stderr
+  common = (
+    f"--config={ROOT / 'configs/zero_shot.py'}:fashioniq_dress", f"--config.data.root={drawn}",
+    "--config.eval.batch_size=16", "--config.model.pretrained=weights/clip",
+  )  # fmt: skip
+  done = run("main.py", *common, "--mode=eval")
+  assert done.returncode == 0, done.stderr
+  assert "Evaluated: the pretrained weights, without any training" in done.stdout
+  assert (tmp_path / "runs" / "zero_shot_fashioniq_dress" / "report.html").exists()
+  done = run("main.py", *common)
+  assert done.returncode == 1
+  assert done.stderr.strip().endswith(
+    "error: method 'zero_shot': there is nothing to train; evaluate it with --mode=eval"
+  )

@@ -13,10 +13,10 @@ import time
 
 import gradio as gr
 
-from crn_jax.catalogue import filters, pictures
+from crn_jax.catalogue import pictures
 from crn_jax.catalogue.batcher import Batcher
 from crn_jax.catalogue.encoders import MAX_TEXT
-from crn_jax.catalogue.page import markup
+from crn_jax.catalogue.page import conditions, markup
 from crn_jax.catalogue.page.dialogue import Reference, Step, Trail
 from crn_jax.catalogue.page.thumbnails import Uploads
 from crn_jax.catalogue.retriever import Query, Retriever
@@ -63,7 +63,7 @@ def theme() -> gr.themes.Base:
 
 @dataclasses.dataclass(frozen=True)
 class _Facet:
-  """The controls of a field of the metadata, which give what `filters.expression` takes.
+  """The controls of a field of the metadata, which give what `conditions.expression` takes.
 
   Attributes:
     name: of the field.
@@ -230,7 +230,7 @@ class Page:
     }
 
   async def _found(self, step: Step):
-    filter_ = filters.expression(self._retriever.about.facets, step.filters)
+    filter_ = conditions.expression(self._retriever.about.facets, step.filters)
     if not step.asks:
       return await asyncio.to_thread(self._retriever.sample, SHOWN, filter_)
     future = self._batcher.submit(self._query(step, filter_), SHOWN)
@@ -293,7 +293,7 @@ class Page:
     try:
       if not isinstance(k, int) or not 1 <= k <= MOST:
         raise UserError(f"k: expected 1 to {MOST}, got {k}")
-      filter_ = filters.expression(self._retriever.about.facets, where or {})
+      filter_ = conditions.expression(self._retriever.about.facets, where or {})
       query = Query(image, text or "", id or None, filter_)
       hits = await asyncio.wrap_future(self._batcher.submit(query, k))
     except UserError as error:

@@ -27,7 +27,7 @@ class Step:
   Attributes:
     reference: or None.
     text: modification or description.
-    where: filters as JSON, see `filters.expression`.
+    where: filters as JSON, see `conditions.expression`.
     floor: pictures that score less are left out; None for all.
   """
 

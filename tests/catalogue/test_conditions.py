@@ -2,7 +2,7 @@
 
 import pytest
 
-from crn_jax.catalogue import filters
+from crn_jax.catalogue.page import conditions
 from crn_jax.catalogue.store import Store
 from crn_jax.errors import UserError
 from tests.catalogue import made
@@ -28,7 +28,7 @@ FACETS = {"kind": {"values": ["dress", "shirt"]}, "price": {"least": 1, "greates
   ],
 )
 def test_expressions(where, expected):
-  assert filters.expression(FACETS, where) == expected
+  assert conditions.expression(FACETS, where) == expected
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_expressions(where, expected):
 )
 def test_what_is_no_filter_is_said(where, message):
   with pytest.raises(UserError, match="filters") as error:
-    filters.expression(FACETS, where)
+    conditions.expression(FACETS, where)
   assert message in str(error.value)
 
 
@@ -67,7 +67,7 @@ def test_milvus_understands_them_and_nothing_else_is_let_through(tmp_path):
     store.write(rows, made.unit_vectors(len(rows), 0), [])
 
     def found(where) -> set[str]:
-      keys = store.matching(filters.expression(facets, where))
+      keys = store.matching(conditions.expression(facets, where))
       return {row.metadata["kind"] for row in store.get(keys).values()}
 
     for kind in hostile:
