@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 
 import numpy as np
 from absl import app, flags
@@ -109,19 +110,19 @@ def load(ask, ids: list[str], clients: int, seconds: float) -> dict:
 
 
 def over_http(netloc: str):
-  """A client of the page's API: one connection, two requests a query, as Gradio wants it."""
-  connection = http.client.HTTPConnection(netloc, timeout=60)
+  """A client of the page's API: one connection, one session."""
+  connection, session = http.client.HTTPConnection(netloc, timeout=60), uuid.uuid4().hex
 
   def ask(identifier: str, text: str) -> int:
-    body = json.dumps({"data": [None, text, identifier, None, 10, None]})
+    arguments = [None, text, identifier, None, 10, None]
+    body = json.dumps({"data": arguments, "session_hash": session})
     headers = {"Content-Type": "application/json"}
-    connection.request("POST", "/gradio_api/call/search", body, headers)
-    event = json.loads(connection.getresponse().read())["event_id"]
-    connection.request("GET", f"/gradio_api/call/search/{event}")
-    kind, _, data = connection.getresponse().read().decode().partition("\n")
-    if kind != "event: complete":
-      raise ValueError(data)
-    return len(json.loads(data.removeprefix("data: "))[0]["hits"])
+    connection.request("POST", "/gradio_api/run/search", body, headers)
+    answer = connection.getresponse()
+    content = answer.read()
+    if answer.status != 200:
+      raise ValueError(content)
+    return len(json.loads(content)["data"][0]["hits"])
 
   return ask
 
@@ -137,6 +138,7 @@ def served(index: pathlib.Path):
       yield re.search(r"http://(\S+)", line)[1]
     finally:
       process.send_signal(signal.SIGINT)
+      process.communicate()
 
 
 def main(argv):

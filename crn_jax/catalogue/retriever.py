@@ -245,9 +245,9 @@ class Retriever:
       UserError: there is none with this id.
     """
     key = key_of(id)
-    found = self._store.get([key])
+    found = self._get({key})
     if key not in found:
-      raise UserError(f"id {id!r}: no such picture in {self._store.index}")
+      raise UserError(f"id {id!r}: no such picture in the catalogue")
     return found[key]
 
   def sample(self, n: int, filter: str = "") -> list[Row]:

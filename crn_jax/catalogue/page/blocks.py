@@ -272,7 +272,11 @@ class Page:
       where, k = gr.JSON(label="where"), gr.Number(10, label="k", precision=0)
       floor, found = gr.Number(label="min_score"), gr.JSON(label="hits")
       gr.Button().click(
-        self.search, [image, text, identifier, where, k, floor], found, api_name="search"
+        self.search,
+        [image, text, identifier, where, k, floor],
+        found,
+        api_name="search",
+        queue=False,
       )
 
   async def search(self, image=None, text="", id=None, where=None, k=10, min_score=None) -> dict:

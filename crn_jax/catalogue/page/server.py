@@ -46,7 +46,13 @@ def application(retriever: Retriever, name: str, host: str) -> Iterator[fastapi.
   with (
     Batcher(retriever) as batcher,
     tempfile.TemporaryDirectory(prefix="crn_jax_page_") as folder,
-    _environment(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False"),
+    _environment(
+      GRADIO_TEMP_DIR=folder,
+      GRADIO_ANALYTICS_ENABLED="False",
+      # Else all requests so far are summed up after each one, which is most of its time.
+      GRADIO_ANALYTICS_CACHE_FREQUENCY="1000000",
+      GRADIO_ANALYTICS_MAX_EVENTS="100",
+    ),
   ):
     app.add_middleware(guard.Guard, uploads=folder)
     if _is_local(host):
