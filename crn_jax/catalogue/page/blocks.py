@@ -41,6 +41,13 @@ element.addEventListener("click", (event) => {
   if (button) trigger("select", { ...button.dataset });
 });
 """
+# The step that is shown is in sight, where they do not all fit.
+_IN_SIGHT = """
+watch("value", () => {
+  const current = element.querySelector("[aria-current]");
+  if (current) current.closest("ol").scrollLeft = current.offsetLeft - 48;
+});
+"""
 
 
 def theme() -> gr.themes.Base:
@@ -130,7 +137,7 @@ class Page:
             label="Least score", placeholder="-1 to 1", value=None, step=0.05, elem_id="floor"
           )
       with gr.Column(scale=1, min_width=280, elem_id="found"):
-        self._trail_shown = gr.HTML("", elem_id="trail", js_on_load=_PRESSED, **bare)
+        self._trail_shown = gr.HTML("", elem_id="trail", js_on_load=_PRESSED + _IN_SIGHT, **bare)
         self._status = gr.HTML("", elem_id="status", **bare)
         self._look = gr.Button("Where the model looks", size="sm", visible=False, elem_id="look")
         self._attention = gr.HTML("", elem_id="attention", **bare)
