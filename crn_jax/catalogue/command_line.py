@@ -1,14 +1,16 @@
-"""--mode=index and --mode=search of main.py; starts nothing until one of them is asked for."""
+"""--mode=index, search and serve of main.py; starts nothing until one of them is asked for."""
 
 import dataclasses
+import importlib.util
 import json
 import os
+import pathlib
 
 from absl import flags
 
 from crn_jax.errors import UserError
 
-MODES = ("index", "search")
+MODES = ("index", "search", "serve")
 
 _INDEX = flags.DEFINE_string(
   "index", None, "Catalogue: a folder NAME.db, or http://host:port of a Milvus server."
@@ -29,6 +31,17 @@ _FILTER = flags.DEFINE_string(
 _K = flags.DEFINE_integer("k", 10, "How many pictures --mode=search finds.")
 _MIN_SCORE = flags.DEFINE_float("min_score", None, "Pictures that score less are left out.")
 _GRID = flags.DEFINE_string("grid", None, "PNG to draw what --mode=search finds into.")
+_HOST = flags.DEFINE_string(
+  "host", "127.0.0.1", "Address at which --mode=serve listens: as it is, for this machine only."
+)
+_PORT = flags.DEFINE_integer("port", 7860, "Port of --mode=serve; 0 takes a free one.")
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  16,
+  "Queries that --mode=serve answers at a time; smaller answers a single one sooner where the "
+  "model is large and there is no GPU.",
+  lower_bound=1,
+)
 
 _SHOWN = 20  # Skipped pictures that are listed.
 
@@ -45,15 +58,19 @@ def run(mode: str, compilation_cache: str | None, *, as_json: bool) -> str:
     UserError: a flag is missing or unfit; whatever indexing and searching raise.
     Interrupted: indexing was stopped.
   """
-  needed = {"index": (_INDEX, _MODEL, _IMAGES), "search": (_INDEX,)}[mode]
+  needed = {"index": (_INDEX, _MODEL, _IMAGES)}.get(mode, (_INDEX,))
   examples = {"index": "catalogue.db", "model": "runs/demo_crn", "images": "my_pictures"}
   for flag in needed:
     if not flag.value:
       example = f"--{flag.name}={examples[flag.name]}"
       raise UserError(f"--mode={mode} needs --{flag.name}, e.g. {example}")
+  if mode == "serve":
+    _check_extra()
   from crn_jax import compilation_cache as cache  # Starts JAX.
 
   cache.enable(compilation_cache)
+  if mode == "serve":
+    return _serve()
   return _index(as_json) if mode == "index" else _search(as_json)
 
 
@@ -119,6 +136,36 @@ def _search(as_json: bool) -> str:
   if drawn:
     lines.append(f"written {drawn}")
   return "\n".join(lines)
+
+
+def _check_extra() -> None:
+  if importlib.util.find_spec("gradio") is None:
+    raise UserError(
+      "--mode=serve needs Gradio, which is not installed: pip install 'crn-jax[serve]', or "
+      "pip install -e '.[serve]' in a checkout"
+    )
+
+
+def _serve() -> str:
+  from crn_jax.catalogue.page import server
+  from crn_jax.catalogue.retriever import Retriever
+
+  # Before the model is loaded, which takes seconds.
+  with server.listening(_HOST.value, _PORT.value):
+    pass
+  with Retriever.open(
+    _INDEX.value, model=_MODEL.value, collection=_COLLECTION.value, batch_size=_BATCH_SIZE.value
+  ) as retriever:
+    retriever.warm()
+    server.serve(retriever, _name(), _HOST.value, _PORT.value)
+  return "ended"
+
+
+def _name() -> str:
+  """The catalogue's, for people."""
+  from crn_jax.catalogue.store import is_server
+
+  return _COLLECTION.value if is_server(_INDEX.value) else pathlib.Path(_INDEX.value).stem
 
 
 def _table(hits) -> str:

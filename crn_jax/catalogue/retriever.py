@@ -68,12 +68,16 @@ class Attention:
   """Where in the reference the model looks for the words of a text.
 
   Attributes:
-    words: as the model read them, markers included.
-    maps: part -> [words, h, w] float32, over the square middle of the picture.
+    words: as the model read them, markers included; of long texts as many as it reads.
+    roles: of each word: "marker", "unknown", or "" for one that says something.
+    picture: [S, S, 3] uint8, the square middle of the picture, which the model sees.
+    maps: part -> [words, h, w] float32, over that square.
     notes: part -> what its weights sum to one over, and what they say.
   """
 
   words: list[str]
+  roles: list[str]
+  picture: np.ndarray
   maps: dict[str, np.ndarray]
   notes: dict[str, tuple[str, str]]
 
@@ -214,9 +218,17 @@ class Retriever:
     answers = self._encoders.answer([prepared.picture], [prepared.text], self.batch_size)
     if not answers.attention:
       return None
-    words = [word for word, _ in self._encoders.model.tokenizer.read((prepared.text,))]
-    maps = {part: maps[0, : len(words)] for part, maps in answers.attention.items()}
-    return Attention(words, maps, dict(self._encoders.model.method.attention_notes))
+    tokenizer = self._encoders.model.tokenizer
+    read = tokenizer.read((prepared.text,))
+    maps = {part: maps[0, : len(read)] for part, maps in answers.attention.items()}
+    read = read[: len(next(iter(maps.values())))]
+    words, roles = [word for word, _ in read], [tokenizer.role(i) for _, i in read]
+    return Attention(words, roles, prepared.picture, maps, dict(self._notes))
+
+  @property
+  def attends(self) -> bool:
+    """Whether the model can say where it looks."""
+    return bool(self._notes)
 
   def unknown_words(self, text: str) -> list[str]:
     """Words of a text that the model has not learned: all of them are one and the same to it."""
@@ -233,9 +245,9 @@ class Retriever:
       UserError: there is none with this id.
     """
     key = key_of(id)
-    found = self._store.get([key])
+    found = self._get({key})
     if key not in found:
-      raise UserError(f"id {id!r}: no such picture in {self._store.index}")
+      raise UserError(f"id {id!r}: no such picture in the catalogue")
     return found[key]
 
   def sample(self, n: int, filter: str = "") -> list[Row]:
@@ -245,6 +257,10 @@ class Retriever:
   def warm(self) -> None:
     """Compiles what queries need, before the first one comes."""
     self.query_batch([Query(image=self._encoders.empty_picture, text="x")])
+
+  @property
+  def _notes(self):
+    return self._encoders.model.method.attention_notes
 
   def _answer(self, queries, k: int, min_score: float | None) -> list[list[Hit] | UserError]:
     """Of up to `batch_size` queries."""
@@ -382,4 +398,5 @@ def _read_row(row: Row) -> np.ndarray:
       raise pictures.Unreadable("changed since it was indexed; run --mode=index again")
     return pictures.decode(content)
   except pictures.Unreadable as error:
-    raise UserError(f"{row.id} ({row.path}): {error}") from error
+    # Not the path: who asks a server is not to learn where its files lie.
+    raise UserError(f"{row.id}: {error}") from error

@@ -148,7 +148,9 @@ class Store:
       else:
         uri, self.cache = self._held.enter_context(lite.held(self.index, create=create))
       try:
-        self._client = MilvusClient(uri, token=token)
+        # Pings of an idle connection are too many for Milvus Lite, which then complains of them.
+        quiet = {"grpc.keepalive_permit_without_calls": 0}
+        self._client = MilvusClient(uri, token=token, grpc_options=quiet)
         self._held.callback(self._client.close)
         self._exists = self._client.has_collection(self._about)
         if self._exists:

@@ -23,11 +23,12 @@ def test_indexing_and_load_are_measured(tmp_path):
     cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
-  index, opened, one, several = map(json.loads, done.stdout.splitlines())
+  index, opened, *asked = map(json.loads, done.stdout.splitlines())
   assert index["pictures"] == 40
   assert index["pictures_per_second"] > 0 < opened["seconds"]
-  for found, clients in ((one, 1), (several, 3)):
-    assert (found["clients"], found["errors"]) == (clients, 0)
+  expected = [("query", 1), ("query", 3), ("http", 1), ("http", 3)]
+  for found, (measured, clients) in zip(asked, expected, strict=True):
+    assert (found["measured"], found["clients"], found["errors"]) == (measured, clients, 0)
     # Each client asks without a pause, and the last ones are waited for.
     assert clients <= found["queries"] <= found["queries_per_second"] * 60
     assert 0 < found["p50_ms"] <= found["p95_ms"]

@@ -194,7 +194,7 @@ class TestMistakes:
       ({}, "nothing to look for: give a picture, a text, or both"),
       ({"text": "  \n"}, "nothing to look for"),
       ({"text": "x" * 1_001}, "the text has 1,001 characters; at most 1,000"),
-      ({"id": "absent"}, "id 'absent': no such picture in .*a.db"),
+      ({"id": "absent"}, "id 'absent': no such picture in the catalogue"),
       ({"id": '" or key != "'}, "no such picture"),
       ({"id": "03", "image": b"x"}, "as image or by its id, not both"),
       ({"image": "absent.png"}, "^absent.png: no such file"),
