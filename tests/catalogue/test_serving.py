@@ -329,18 +329,23 @@ class TestCommand:
       env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
-  def test_serves_until_it_is_interrupted(self, place):
-    process = self.start(place, "--index=b.db", "--port=0", "--host=0.0.0.0", "--batch_size=1")
+  @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+  def test_serves_until_it_is_ended(self, place, tmp_path, number):
+    process = self.start(
+      place, "--index=b.db", "--port=0", "--host=0.0.0.0", "--batch_size=1", TMPDIR=str(tmp_path)
+    )
     line = process.stdout.readline()
     port = re.search(r"^12 pictures: open http://0\.0\.0\.0:(\d+) ", line)[1]
     # Who lets others in is told what that means.
     assert "everybody who reaches this machine" in process.stdout.readline()
     assert picture(f"http://127.0.0.1:{port}", "05") == 200
-    process.send_signal(signal.SIGINT)
+    assert list(tmp_path.glob("crn_jax_page_*"))
+    process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert out.endswith("ended\n")
     assert "Traceback" not in error
+    assert not list(tmp_path.glob("crn_jax_page_*"))  # Uploads are gone.
 
   def test_says_what_is_missing(self, place, tmp_path):
     process = self.start(place)
