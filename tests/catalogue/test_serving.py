@@ -190,6 +190,9 @@ class TestLetsIn:
       url, "/gradio_api/queue/join", "POST", body=pieces, headers=headers, encode_chunked=True
     )[0]
     assert status == 413
+    # Of an upload it must be said.
+    status = request(url, "/gradio_api/upload", "POST", body=iter([b"x"]), encode_chunked=True)[0]
+    assert status == 411
 
   def test_json_only(self, url):
     headers = {"Content-Type": "application/json"}
