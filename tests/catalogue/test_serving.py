@@ -174,6 +174,15 @@ class TestLetsIn:
     assert upload(url, bytes(20_000_001))[0] == 413
     assert upload(url, bytes(30_000_000))[0] == 413
 
+  def test_uploads_up_to_a_size_together(self, url, monkeypatch):
+    from crn_jax.catalogue.page import guard
+
+    # What the tests before have left is there.
+    monkeypatch.setattr(guard, "MOST_KEPT", 19_000_000)
+    assert upload(url, bytes(1_000))[0] == 503
+    monkeypatch.setattr(guard, "MOST_KEPT", 200_000_000)
+    assert upload(url, bytes(1_000))[0] == 200
+
   def test_requests_up_to_a_size(self, url):
     for length in (1_000_001, 10**12):
       connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
