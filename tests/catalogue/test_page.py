@@ -1,5 +1,7 @@
 """The page in a real browser: a dialogue as people have it, and what goes wrong on the way."""
 
+import threading
+
 import pytest
 
 from crn_jax.catalogue.retriever import Retriever
@@ -143,17 +145,41 @@ def test_filters_and_floor(visit, retriever):
   page.click("#filters button")
   page.get_by_label("kind").click()
   page.get_by_role("option", name="dress").click()
-  page.wait_for_function("document.querySelectorAll('#results li').length < 5")
+  page.wait_for_function("document.querySelectorAll('#results li').length === 3")
   assert ids(page) == expected(retriever, text="is red", filter='kind == "dress"')
   page.get_by_label("price to").fill("7")
-  page.get_by_label("price to").press("Enter")
-  page.wait_for_function("document.querySelectorAll('#results li').length < 3")
+  page.wait_for_function("document.querySelectorAll('#results li').length === 2")
   among = expected(retriever, text="is red", filter='kind == "dress" and price <= 7')
   assert ids(page) == among
   assert page.locator("#trail li").count() == 2  # Refined, not another step.
   page.get_by_label("Least score").fill("0.999")
-  page.get_by_label("Least score").press("Enter")
   page.locator("#status", has_text="Nothing is found").wait_for()
+  page.get_by_label("Least score").fill("")
+  page.locator("#results li").first.wait_for()
+  assert ids(page) == among
+  # Back to the beginning, where nothing was filtered.
+  page.locator("#trail button", has_text="Start").click()
+  page.locator("#trail [aria-current]", has_text="Start").wait_for()
+  assert len(ids(page)) == served.N
+  assert page.get_by_label("price to").input_value() == ""
+
+
+def test_what_is_typed_meanwhile_stays(visit, retriever, monkeypatch):
+  page = visit()
+  go = threading.Event()
+  original = retriever.query_batch
+
+  def slow(*args, **kwargs):
+    assert go.wait(30)
+    return original(*args, **kwargs)
+
+  monkeypatch.setattr(retriever, "query_batch", slow)
+  page.fill("#text textarea", "is red")
+  page.press("#text textarea", "Enter")
+  page.fill("#text textarea", "is red with")
+  go.set()
+  current(page, "is red")
+  assert page.input_value("#text textarea") == "is red with"
 
 
 def test_a_broken_upload_is_said_and_leaves_the_page_as_it_was(visit, tmp_path):

@@ -174,6 +174,15 @@ class TestLetsIn:
     assert upload(url, bytes(20_000_001))[0] == 413
     assert upload(url, bytes(30_000_000))[0] == 413
 
+  def test_uploads_up_to_a_size_together(self, url, monkeypatch):
+    from crn_jax.catalogue.page import guard
+
+    # What the tests before have left is there.
+    monkeypatch.setattr(guard, "MOST_KEPT", 19_000_000)
+    assert upload(url, bytes(1_000))[0] == 503
+    monkeypatch.setattr(guard, "MOST_KEPT", 200_000_000)
+    assert upload(url, bytes(1_000))[0] == 200
+
   def test_requests_up_to_a_size(self, url):
     for length in (1_000_001, 10**12):
       connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
@@ -190,6 +199,9 @@ class TestLetsIn:
       url, "/gradio_api/queue/join", "POST", body=pieces, headers=headers, encode_chunked=True
     )[0]
     assert status == 413
+    # Of an upload it must be said.
+    status = request(url, "/gradio_api/upload", "POST", body=iter([b"x"]), encode_chunked=True)[0]
+    assert status == 411
 
   def test_json_only(self, url):
     headers = {"Content-Type": "application/json"}
@@ -329,18 +341,23 @@ class TestCommand:
       env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
-  def test_serves_until_it_is_interrupted(self, place):
-    process = self.start(place, "--index=b.db", "--port=0", "--host=0.0.0.0", "--batch_size=1")
+  @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+  def test_serves_until_it_is_ended(self, place, tmp_path, number):
+    process = self.start(
+      place, "--index=b.db", "--port=0", "--host=0.0.0.0", "--batch_size=1", TMPDIR=str(tmp_path)
+    )
     line = process.stdout.readline()
     port = re.search(r"^12 pictures: open http://0\.0\.0\.0:(\d+) ", line)[1]
     # Who lets others in is told what that means.
     assert "everybody who reaches this machine" in process.stdout.readline()
     assert picture(f"http://127.0.0.1:{port}", "05") == 200
-    process.send_signal(signal.SIGINT)
+    assert list(tmp_path.glob("crn_jax_page_*"))
+    process.send_signal(number)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 0, error
     assert out.endswith("ended\n")
     assert "Traceback" not in error
+    assert not list(tmp_path.glob("crn_jax_page_*"))  # Uploads are gone.
 
   def test_says_what_is_missing(self, place, tmp_path):
     process = self.start(place)

@@ -311,7 +311,7 @@ class TestOpening:
     seen = {}
 
     class Client:
-      def __init__(self, uri, token):
+      def __init__(self, uri, token, grpc_options):
         seen.update(uri=uri, token=token)
 
       def close(self):

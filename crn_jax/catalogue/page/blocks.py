@@ -156,13 +156,9 @@ class Page:
     blocks.load(self._begin, [self._trail], **hidden)
     for event in (self._search.click, self._text.submit):
       event(self._ask, state, **hidden).then(**look)
-    for event in (self._floor.submit, self._floor.blur):
-      event(self._ask, state, **hidden)
-    for facet in self._facets:
-      for control in facet.controls:
-        events = (control.input,) if facet.values is not None else (control.submit, control.blur)
-        for event in events:
-          event(self._ask, state, **hidden)
+    for control in (self._floor, *(c for f in self._facets for c in f.controls)):
+      # While one answer is waited for, people go on typing.
+      control.input(self._ask, state, trigger_mode="always_last", **hidden)
     self._upload.upload(self._take, [self._upload, *state], **hidden).then(**focus)
     self._results.select(self._choose, state, **hidden).then(**focus)
     self._card.select(self._remove, state, **hidden)
@@ -174,7 +170,8 @@ class Page:
     )  # fmt: skip
 
   async def _begin(self, trail: Trail):
-    return await self._shown(trail)
+    # Gradio's page takes an empty number for 0 until it is told that it is none.
+    return self._controls(trail.current) | await self._shown(trail)
 
   async def _ask(self, trail: Trail, reference: Reference | None, *controls):
     return await self._shown(trail.asked(self._step(reference, controls)))
@@ -190,16 +187,26 @@ class Page:
 
   async def _choose(self, event: gr.EventData, trail: Trail, reference, text, *controls):
     # The text was about the picture before.
-    return await self._ask(trail, Reference(str(event.id)), "", *controls)
+    found = await self._ask(trail, Reference(str(event.id)), "", *controls)
+    return {self._text: "", **found}
 
   async def _remove(self, trail: Trail, reference, *controls):
     return await self._ask(trail, None, *controls)
 
   async def _exemplify(self, event: gr.EventData, trail: Trail, reference, text, *controls):
-    return await self._ask(trail, reference, str(event.text), *controls)
+    text = str(event.text)
+    return {self._text: text, **await self._ask(trail, reference, text, *controls)}
 
   async def _go_back(self, event: gr.EventData, trail: Trail):
-    return await self._shown(trail.back_to(int(event.step)))
+    trail = trail.back_to(int(event.step))
+    return self._controls(trail.current) | await self._shown(trail)
+
+  def _controls(self, step: Step) -> dict:
+    """What the controls say at a step."""
+    controls = {self._text: step.text, self._floor: step.floor}
+    for facet in self._facets:
+      controls |= zip(facet.controls, facet.show(step.filters.get(facet.name)), strict=True)
+    return controls
 
   def _step(self, reference: Reference | None, controls: tuple) -> Step:
     text, floor, *given = controls
@@ -211,11 +218,11 @@ class Page:
     return Step(reference, (text or "").strip(), json.dumps(where), floor)
 
   async def _shown(self, trail: Trail) -> dict:
-    """The whole page at a step of a dialogue; what is wrong with it is said on the page."""
+    """The page at a step of a dialogue, or what is wrong with it in a sentence.
+
+    Without the controls: people may have gone on typing meanwhile.
+    """
     step = trail.current
-    controls = {self._text: step.text, self._floor: step.floor}
-    for facet in self._facets:
-      controls |= zip(facet.controls, facet.show(step.filters.get(facet.name)), strict=True)
     try:
       start = time.monotonic()
       found = await self._found(step)
@@ -224,7 +231,7 @@ class Page:
       # Of it no step remains.
       return {self._status: markup.failure(str(error)), self._upload: None}
     explained = self._retriever.attends and bool(step.reference and step.text)
-    return controls | {
+    return {
       self._trail: trail,
       self._reference: step.reference,
       self._card: markup.card(step.reference),

@@ -1,5 +1,6 @@
 """What is let in to the page's application, before anything else looks at it."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from crn_jax.catalogue import pictures
 
 # Bytes of a request: an upload with what surrounds it; anything else.
 _MOST_UPLOAD, _MOST = pictures.MAX_UPLOAD + 100_000, 1_000_000
+# Bytes of all uploads that Gradio keeps at a time: it removes them after some minutes.
+MOST_KEPT = 1_000_000_000
 
 # The browser itself then asks no other host for anything. Gradio makes functions out of texts.
 _POLICY = (
@@ -53,6 +56,8 @@ class Guard:
       refused = PlainTextResponse("The length of the request is not said.\n", 411)
     elif length and int(length) > most:
       refused = PlainTextResponse(f"At most {most:,} bytes are taken.\n", 413)
+    elif is_upload and _size(self._uploads) + int(length) > MOST_KEPT:
+      refused = PlainTextResponse("Too much was uploaded; try again in some minutes.\n", 503)
     elif is_upload or scope["method"] in ("GET", "HEAD"):
       refused = None  # Servers pass on no more than was said.
     else:
@@ -75,6 +80,16 @@ class Guard:
   def _is_upload(self, path: str) -> bool:
     # A path with a null byte is none.
     return "\0" not in path and os.path.realpath(path).startswith(self._uploads + os.sep)
+
+
+def _size(folder: str) -> int:
+  """Bytes of the files below a folder, some of which may vanish meanwhile."""
+  total = 0
+  for parent, _, names in os.walk(folder):
+    for name in names:
+      with contextlib.suppress(OSError):
+        total += os.lstat(os.path.join(parent, name)).st_size
+  return total
 
 
 def _paths(value: object) -> Iterator[str]:

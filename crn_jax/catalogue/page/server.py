@@ -3,6 +3,7 @@
 import contextlib
 import ipaddress
 import os
+import signal
 import socket
 import tempfile
 from collections.abc import Iterator
@@ -83,6 +84,8 @@ def serve(retriever: Retriever, name: str, host: str, port: int) -> None:
         f"or a proxy with passwords and HTTPS stand before it, or leave --host away"
       )
     print(end="", flush=True)
+    # As Ctrl-C, so that what is temporary goes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
       server_of(app).run(sockets=[bound])
 
