@@ -14,7 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
+
+try:
+  from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.11 announces its end: then attention is computed plainly.
+  triton = None
 
 # About so many programs keep a large GPU busy; the gradient of the bias has a partial sum of each.
 _PROGRAMS = 1024
@@ -88,7 +92,8 @@ def chosen(dtype, head_dim: int, grid: tuple[int, int], windows: Windows) -> boo
   It has heads of a power of two, windows that the chip holds, and a grid that is not filled up.
   """
   return (
-    dtype == jnp.bfloat16
+    triton is not None
+    and dtype == jnp.bfloat16
     and jax.default_backend() == "gpu"
     and head_dim >= 16
     and head_dim & (head_dim - 1) == 0

@@ -110,6 +110,8 @@ def test_it_is_chosen_for_bfloat16_on_a_gpu_where_it_fits(monkeypatch):
   padded = Windows.of_grid((12, 14), 7, True)
   assert not window_attention.chosen(bfloat16, 32, (12, 14), padded)
   assert not window_attention.chosen(bfloat16, 32, (18, 18), Windows.of_grid((18, 18), 9, False))
+  monkeypatch.setattr(window_attention, "triton", None)
+  assert not window_attention.chosen(bfloat16, 32, grid, windows)
 
 
 def test_its_gradient_can_be_compiled_for_a_gpu():
