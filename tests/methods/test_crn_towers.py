@@ -79,7 +79,7 @@ def test_what_no_loss_reaches_is_left_alone_and_the_rest_is_trained(family, weig
   batch = {"reference": pictures[0], "target": pictures[1], "tokens": ids,
            "token_mask": ids != 1}  # fmt: skip
   tx = method.optimizer(steps_per_epoch=1, total_steps=1)
-  before = state.initial(method, tx)
+  before = state.initial(method, tx, config.model.pretrained)
   after, metrics = jax.jit(lambda s, b: method.update(tx, s, b))(before, batch)
   assert all(jnp.isfinite(value).all() for value in metrics.values())
   unused = method.unused_parameters()
