@@ -88,7 +88,7 @@ def trained(
     UserError: there is no such checkpoint.
   """
   like, folder = abstract(method), pathlib.Path(workdir) / "checkpoints"
-  params = "average" if like.average else "params"
+  params = like.evaluated_field
   with CheckpointReader(folder) as checkpoints:
     steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
     step = steps[which] if which else next((s for s in steps.values() if s is not None), None)

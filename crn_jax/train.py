@@ -229,7 +229,7 @@ class Training:
     """Writes the towers of the best checkpoint as a folder of weights."""
     with CheckpointReader(self.workdir / "checkpoints") as checkpoints:
       step = checkpoints.best_step()
-      params = _evaluated(self.abstract_state)
+      params = self.abstract_state.evaluated_field
       fields = checkpoints.restore_fields(step, self.abstract_state, (params,))
     (part,) = self.method.parts
     pretrained.save(self.config, fields[params][part]["encoder"], step, self.workdir, folder)
@@ -431,7 +431,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
   like = state.abstract(method)
-  params = _evaluated(like)
+  params = like.evaluated_field
   evaluations = {}
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
@@ -491,11 +491,6 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   workdir.mkdir(parents=True, exist_ok=True)
   run.save_config(config, workdir)
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
-
-
-def _evaluated(state: TrainState) -> str:
-  """The field of a state whose parameters are evaluated."""
-  return "average" if state.average else "params"
 
 
 def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:

@@ -64,7 +64,7 @@ class Encoders:
     """A picture [h, w, 3] uint8 as the model takes it: [S, S, 3] uint8, resized, its middle."""
     data = self.model.method.config.data
     interpolation = self.model.method.preprocessing.interpolation
-    resized = images.resize_short_side(picture, data.resize, interpolation)
+    resized = images.fit(picture, data.resize, interpolation, data.max_ratio)
     return images.center_crop(resized, data.image_size)
 
   def image_vectors(self, pictures: Sequence[np.ndarray], batch_size: int) -> np.ndarray:

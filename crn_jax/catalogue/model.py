@@ -24,7 +24,7 @@ from crn_jax.workdir import run
 
 # Fields of `config.model` that change no vector, and those of `config.data` that do.
 _WITHOUT_EFFECT = ("model.pretrained", "model.remat")
-_OF_DATA = ("data.image_size", "data.resize", "data.max_words", "data.markers")
+_OF_DATA = ("data.image_size", "data.resize", "data.max_ratio", "data.max_words", "data.markers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,13 @@ def _of_towers(path: pathlib.Path) -> Model:
         "remat": "none",
         "precision": "default",
       },
-      "data": {"image_size": None, "resize": None, "max_words": None, "prepared": ""},
+      "data": {
+        "image_size": None,
+        "resize": None,
+        "max_words": None,
+        "max_ratio": None,
+        "prepared": "",
+      },
     }
   )
   pretrained.describe(config)

@@ -180,7 +180,7 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
   config = run.load_config(workdir)
   vocabulary = Vocabulary.load(workdir / _VOCABULARY)
   like = state.abstract(methods.create(config, len(vocabulary)))
-  params = "average" if like.average else "params"
+  params = like.evaluated_field
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     best = checkpoints.best_step()
     step = best if best is not None else max(checkpoints.steps(), default=None)

@@ -200,12 +200,16 @@ def pad_to_ratio(image: np.ndarray, max_ratio: float) -> np.ndarray:
 def read(
   path: str | os.PathLike, resize: int, interpolation: str, max_ratio: float | None
 ) -> np.ndarray:
-  """`decode`, `pad_to_ratio` unless `max_ratio` is None, and `resize_short_side`.
+  """`decode` and `fit`."""
+  return fit(decode(path), resize, interpolation, max_ratio)
+
+
+def fit(image: np.ndarray, resize: int, interpolation: str, max_ratio: float | None) -> np.ndarray:
+  """`pad_to_ratio` unless `max_ratio` is None, and `resize_short_side`.
 
   Returns:
     [h, w, 3] uint8 with min(h, w) = resize.
   """
-  image = decode(path)
   if max_ratio is not None:
     image = pad_to_ratio(image, max_ratio)
   return resize_short_side(image, resize, interpolation)

@@ -59,9 +59,14 @@ class TrainState:
     average = jax.tree.map(jnp.copy, params) if averaged else {}
     return cls(jnp.zeros((), jnp.int32), params, variables["batch_stats"], opt_state, average)
 
+  @property
+  def evaluated_field(self) -> str:
+    """Name of the field whose parameters are evaluated: the average, if there is one."""
+    return "average" if self.average else "params"
+
   def eval_variables(self) -> dict:
-    """What is evaluated: {'params' (averaged ones, if there are), 'batch_stats'}."""
-    return {"params": self.average or self.params, "batch_stats": self.batch_stats}
+    """What is evaluated: {'params' (see `evaluated_field`), 'batch_stats'}."""
+    return {"params": getattr(self, self.evaluated_field), "batch_stats": self.batch_stats}
 
 
 @flax.struct.dataclass

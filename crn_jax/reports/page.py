@@ -48,6 +48,17 @@ class Figure:
       return image.size
 
 
+def environment(package: str) -> jinja2.Environment:
+  """Templates in the folder `templates` of a package; what they show is escaped."""
+  return jinja2.Environment(
+    loader=jinja2.PackageLoader(package, "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+
+
 def write(template: str, path: str | os.PathLike, **values) -> None:
   """Writes a page; the file appears complete or not at all.
 
@@ -58,19 +69,16 @@ def write(template: str, path: str | os.PathLike, **values) -> None:
       The template also gets `folder`, the name of the folder of `path`, and the palette.
   """
   path = pathlib.Path(path)
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("crn_jax.reports", "templates"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
-  text = environment.get_template(template).render(
-    versions=versions(),
-    command=command(),
-    folder=path.absolute().parent.name,
-    palette={"light": palette.LIGHT, "dark": palette.DARK, "print": palette.PRINT},
-    **values,
+  text = (
+    environment("crn_jax.reports")
+    .get_template(template)
+    .render(
+      versions=versions(),
+      command=command(),
+      folder=path.absolute().parent.name,
+      palette={"light": palette.LIGHT, "dark": palette.DARK, "print": palette.PRINT},
+      **values,
+    )
   )
   with files.replacing(path) as temporary:
     temporary.write_text(texts.printable(text), encoding="utf-8")

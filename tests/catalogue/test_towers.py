@@ -11,6 +11,7 @@ from crn_jax.catalogue.retriever import Retriever
 from crn_jax.catalogue.store import Store
 from crn_jax.convert import backbone
 from crn_jax.errors import UserError
+from crn_jax.input_pipeline import images
 from crn_jax.workdir import weights
 from tests import small_towers
 from tests.convert import small_swin
@@ -90,6 +91,20 @@ def test_another_tokenizer_is_another_model(towers, tmp_path):
   settings = tmp_path / "moved" / "tokenizer" / "tokenizer_config.json"
   settings.write_text(settings.read_text() + "\n" if settings.exists() else "{}")
   assert model.load(tmp_path / "moved").digest != before
+
+
+@pytest.mark.parametrize("max_ratio", [None, 1.25])
+def test_pictures_are_prepared_as_in_training(max_ratio, towers, tmp_path):
+  """An elongated one, which some trainings pad."""
+  found = model.load(towers[0] / "towers")
+  data = found.method.config.data
+  data.update(max_ratio=max_ratio)
+  pixels = np.random.default_rng(0).integers(0, 256, (90, 40, 3), np.uint8)
+  Image.fromarray(pixels).save(tmp_path / "long.png")
+  interpolation = found.method.preprocessing.interpolation
+  trained = images.read(tmp_path / "long.png", data.resize, interpolation, max_ratio)
+  expected = images.center_crop(trained, data.image_size)
+  np.testing.assert_array_equal(encoders.Encoders(found).fit(pixels), expected)
 
 
 def test_a_backbone_alone_is_no_model(tmp_path):

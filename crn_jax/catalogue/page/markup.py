@@ -5,12 +5,12 @@ import functools
 import io
 from collections.abc import Sequence
 
-import jinja2
 import numpy as np
 
 from crn_jax.catalogue.page.dialogue import Reference, Trail
 from crn_jax.catalogue.retriever import Attention, Hit
 from crn_jax.catalogue.store import Row
+from crn_jax.reports import page
 from crn_jax.reports.pictures import attention, discs
 
 _TILE = 128  # Side of a map, in pixels.
@@ -18,15 +18,12 @@ _TILE = 128  # Side of a map, in pixels.
 
 @functools.cache
 def _parts():
-  environment = jinja2.Environment(
-    loader=jinja2.PackageLoader("crn_jax.catalogue.page", "templates"),
-    autoescape=True,
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-  )
   # Empty, as the pictures lie beside the page.
-  return environment.get_template("parts.html", globals={"base": ""}).module
+  return (
+    page.environment("crn_jax.catalogue.page")
+    .get_template("parts.html", globals={"base": ""})
+    .module
+  )
 
 
 def heading(name: str, n: int) -> str:

@@ -12,6 +12,7 @@ Expected below the root:
 There is no train split; test has neither target_img_id nor gt_img_ids.
 """
 
+import functools
 import os
 import pathlib
 import reprlib
@@ -21,7 +22,6 @@ import ml_collections
 from crn_jax.input_pipeline.checks import folder
 from crn_jax.input_pipeline.checks.missing import (
   ENTRIES_MALFORMED,
-  ENTRIES_OUTSIDE_SPLIT,
   FATAL,
   Problem,
 )
@@ -34,7 +34,7 @@ from crn_jax.input_pipeline.dataset import (
   TfdsSpec,
 )
 from crn_jax.input_pipeline.readers import files
-from crn_jax.input_pipeline.readers.named import Annotated, Named, to_dataset
+from crn_jax.input_pipeline.readers.named import Annotated, Named, parse_all, to_dataset
 
 GALLERY = "coco_unlabeled"
 
@@ -69,21 +69,10 @@ def read(
   file = f"annotations/{split}.json"
   items, more = files.read_json_list(root, file, "queries")
   problems += more
-  queries: dict[str, Named] = {}
-  for i, item in enumerate(items):
-    where, query = f"{file}, item {i}", _parse(item, split)
-    if isinstance(query, str):
-      problems.append(Problem(ENTRIES_MALFORMED, where, query))
-    elif query.query_id in queries:
-      what = f"id {query.query_id} stands in an earlier item, too"
-      problems.append(Problem(ENTRIES_MALFORMED, where, what))
-    # Without a list no image can be outside it.
-    elif listed and (outside := [n for n in (*query.ends, *query.truths) if n not in listed]):
-      what = f"{', '.join(dict.fromkeys(outside))} not in {_LISTED}"
-      problems.append(Problem(ENTRIES_OUTSIDE_SPLIT, where, what))
-    elif listed:
-      queries[query.query_id] = query
-  asked = list(queries.values())
+  asked, more = parse_all(
+    items, functools.partial(_parse, split=split), file, "id", listed, _LISTED
+  )
+  problems += more
   found = files.find_images([root / _IMAGES], listed.values())
   return to_dataset(
     "circo",

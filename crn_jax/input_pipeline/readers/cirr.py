@@ -15,6 +15,7 @@ without the reference.
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import reprlib
@@ -22,7 +23,7 @@ import reprlib
 import ml_collections
 
 from crn_jax.input_pipeline.checks import folder
-from crn_jax.input_pipeline.checks.missing import ENTRIES_MALFORMED, ENTRIES_OUTSIDE_SPLIT, Problem
+from crn_jax.input_pipeline.checks.missing import ENTRIES_MALFORMED, Problem
 from crn_jax.input_pipeline.dataset import (
   Dataset,
   DatasetSpec,
@@ -32,7 +33,7 @@ from crn_jax.input_pipeline.dataset import (
   TfdsSpec,
 )
 from crn_jax.input_pipeline.readers import files
-from crn_jax.input_pipeline.readers.named import Annotated, Named, to_dataset
+from crn_jax.input_pipeline.readers.named import Annotated, Named, parse_all, to_dataset
 
 GALLERY = "cirr_val"
 
@@ -116,23 +117,13 @@ class _Split:
         what = f"expected a path below the folder of images, found {reprlib.repr(path)}"
         problems.append(Problem(ENTRIES_MALFORMED, f"{listed}, {name!r}", what))
         del paths[name]
-    pairs: dict[str, Named] = {}
-    for i, item in enumerate(items):
-      where, pair = f"{captions}, item {i}", _parse(item, split)
-      if isinstance(pair, str):
-        problems.append(Problem(ENTRIES_MALFORMED, where, pair))
-      elif pair.query_id in pairs:
-        what = f"pairid {pair.query_id} stands in an earlier item, too"
-        problems.append(Problem(ENTRIES_MALFORMED, where, what))
-      # Without a list no name can be outside it.
-      elif paths and (outside := [n for n in (*pair.ends, *pair.subset) if n not in paths]):
-        what = f"{', '.join(dict.fromkeys(outside))} not in {listed}"
-        problems.append(Problem(ENTRIES_OUTSIDE_SPLIT, where, what))
-      elif paths:
-        pairs[pair.query_id] = pair
+    pairs, more = parse_all(
+      items, functools.partial(_parse, split=split), captions, "pairid", paths, listed
+    )
+    problems += more
     gallery = () if split == "train" else tuple(paths)
     n_bad = len(items) - len(pairs)
-    return cls(Annotated(captions, list(pairs.values()), gallery, problems, n_bad), paths)
+    return cls(Annotated(captions, pairs, gallery, problems, n_bad), paths)
 
 
 def _parse(item: object, split: str) -> Named | str:

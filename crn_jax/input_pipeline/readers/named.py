@@ -6,12 +6,13 @@ verifies the images, leaves out or refuses what is missing, counts it, and numbe
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from crn_jax.input_pipeline.checks import folder, missing
+from crn_jax.input_pipeline.checks.missing import ENTRIES_MALFORMED, ENTRIES_OUTSIDE_SPLIT, Problem
 from crn_jax.input_pipeline.dataset import Dataset, EvalSplit, ImageStore, TrainSplit, Triplets
 
 
@@ -38,6 +39,44 @@ class Named(NamedTuple):
   def ends(self) -> tuple[str, ...]:
     """Names of the reference and, where it is published, the target."""
     return (self.reference,) if self.target is None else (self.reference, self.target)
+
+
+def parse_all(
+  items: Sequence[object],
+  parse: Callable[[object], Named | str],
+  file: str,
+  key: str,
+  listed: Container[str],
+  list_file: str,
+) -> tuple[list[Named], list[Problem]]:
+  """The good ones of a file's items, and what is wrong with the others.
+
+  Args:
+    items: of the file.
+    parse: item -> a triplet with its `query_id`, or what is wrong with it.
+    file: for messages.
+    key: what the file calls a query's id, for messages.
+    listed: names of the images there are; empty if their list is not readable: then no item is
+      good, and none is outside.
+    list_file: of `listed`, for messages.
+  """
+  good: dict[str, Named] = {}
+  problems = []
+  for i, item in enumerate(items):
+    where, found = f"{file}, item {i}", parse(item)
+    if isinstance(found, str):
+      problems.append(Problem(ENTRIES_MALFORMED, where, found))
+    elif found.query_id in good:
+      what = f"{key} {found.query_id} stands in an earlier item, too"
+      problems.append(Problem(ENTRIES_MALFORMED, where, what))
+    elif listed:
+      names = dict.fromkeys((*found.ends, *found.subset, *found.truths))
+      if outside := [name for name in names if name not in listed]:
+        what = f"{', '.join(outside)} not in {list_file}"
+        problems.append(Problem(ENTRIES_OUTSIDE_SPLIT, where, what))
+      else:
+        good[found.query_id] = found
+  return list(good.values()), problems
 
 
 @dataclasses.dataclass(frozen=True)
