@@ -1,0 +1,178 @@
+"""DCNet: dual composition network (Kim, Yu, Kim and Kim, AAAI 2021), section 3; `equations` its.
+
+An image is E = 7 vectors x_e of as many experts, a text is as many t_e (1-4):
+  x_e = FC_e(mean of the map of the stage before the last), FC_e(mean of the last map),
+        FC_e(last map at a position) for its centre and four positions around it
+  t_e = FC_e(sum_l a_el w_l),  a_e = softmax_l(FC(FC(m_e * w))) over the words w, m_e learned
+The composition network makes the query (5-8), the correction network a text of two images (10-12):
+  c_e = w_g sigmoid(FC(z)) * x_e + w_r FC(FC(z)),  z = [x_e; t_e; x_e * t_e]
+  d_e = FC([x_e; y_e; FC([y_e * x_e; y_e]) - FC([x_e * y_e; x_e])],  y of the target
+Scores of a query with an image (9, 13, 17), each for a cross-entropy over the batch (14-16, 18):
+  s_r = sum_e c_e . y_e,  s_c = sum_e d_e . t_e,  s_j = sum_e c_e . COMP(x_e, (d_e + t_e) / 2)
+
+Images are found by s_r, what table 3 of the paper calls "Joint (Comp)": s_c, which the full method
+adds to it, needs a network's pass for each pair of a query and an image.
+
+"ReLU for every FC layer with dropout of rate 0.2" is read as: but where a sigmoid or a softmax
+stands. x_e and t_e are normalised. FC_e is an expert's own, FC all experts'.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from crn_jax.models.composition.base import Composition
+from crn_jax.models.layers import dropout
+from crn_jax.models.linear import torch_dense
+
+# Of the spatial experts, (x, y) on a map of 7 x 7.
+POSITIONS = ((3, 1), (1, 3), (3, 3), (5, 3), (3, 5))
+EXPERTS = 2 + len(POSITIONS)
+_DROPOUT = 0.2
+_PERTURBATION = 0.5  # gamma of eq. (17).
+
+
+class DCNet(Composition):
+  """Experts, composition network and, in training, correction network."""
+
+  normalised = False
+
+  def setup(self):
+    sizes = (self.config.feature_dim, self.axis_name, self.dtype)
+    self.image_experts = _ImageExperts(*sizes)
+    self.text_experts = _TextExperts(*sizes)
+    self.composing = _CompositionNetwork(*sizes)
+    self.correcting = _CorrectionNetwork(*sizes)
+
+  def image(self, features, *, train):
+    x = self.image_experts(features, train=train)
+    return x, (_joined(x),)
+
+  def compose(self, reference, words, mask, *, train):
+    text = self.text_experts(words, mask, train=train)
+    return self._queries(self.composing(reference, text, train=train))
+
+  def compose_against(self, reference, words, mask, targets, *, train):
+    text = self.text_experts(words, mask, train=train)
+    composed = self.composing(reference, text, train=train)
+    if self.axis_name:
+      targets = jax.tree.map(lambda y: jax.lax.all_gather(y, self.axis_name, tiled=True), targets)
+    # [queries, targets, experts, d]
+    x, t, y = reference[:, None], text[:, None], targets[0].reshape(-1, *reference.shape[1:])[None]
+    difference = self.correcting(x, y, train=train)
+    mixed = _PERTURBATION * difference + (1 - _PERTURBATION) * t
+    again = self.composing(x, mixed, train=train)
+    scores = {
+      "correction": jnp.sum(difference * t, (-2, -1)),
+      "joint": jnp.sum(composed[:, None] * again, (-2, -1)),
+    }
+    return self._queries(composed), scores
+
+  def _queries(self, composed: jax.Array) -> tuple[jax.Array]:
+    """Such that the product with an image's vector of unit length is s_r."""
+    return (EXPERTS**0.5 * _joined(composed),)
+
+
+class _FC(nn.Module):
+  """FC of the paper: linear, ReLU, dropout."""
+
+  features: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+    x = nn.relu(torch_dense(x.shape[-1], self.features, self.dtype, name="linear")(x))
+    return dropout(self, x, _DROPOUT) if train else x
+
+
+class _ImageExperts(nn.Module):
+  """Maps -> [batch, experts, d], of unit length: eq. (1) and (2)."""
+
+  features: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, features, *, train: bool) -> jax.Array:
+    last = features.map
+    height, width = last.shape[1:3]
+    seen = [jnp.mean(features.stages[-2], (1, 2)), jnp.mean(last, (1, 2))]
+    # On maps of another size, the position that holds the centre of the one on 7 x 7.
+    seen += [last[:, (2 * y + 1) * height // 14, (2 * x + 1) * width // 14] for x, y in POSITIONS]
+    experts = [
+      _FC(self.features, self.axis_name, self.dtype, name=f"expert{i}")(v, train=train)
+      for i, v in enumerate(seen)
+    ]
+    return _unit(jnp.stack(experts, axis=1))
+
+
+class _TextExperts(nn.Module):
+  """Words [batch, words, d] -> [batch, experts, d], of unit length: eq. (4)."""
+
+  features: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, words: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+    d, sizes = self.features, (self.features, self.axis_name, self.dtype)
+    if train:
+      words = dropout(self, words, _DROPOUT)
+    queries = self.param("queries", nn.initializers.normal(1.0), (EXPERTS, d)).astype(self.dtype)
+    hidden = _FC(*sizes, name="hidden")(words[:, :, None] * queries, train=train)
+    # [batch, words, experts, 1]; a bias would not change the softmax.
+    scores = torch_dense(d, 1, self.dtype, use_bias=False, name="score")(hidden)
+    weights = jax.nn.softmax(scores, axis=1, where=mask[:, :, None, None])
+    attended = jnp.sum(weights * words[:, :, None], axis=1)
+    experts = [_FC(*sizes, name=f"expert{i}")(attended[:, i], train=train) for i in range(EXPERTS)]
+    return _unit(jnp.stack(experts, axis=1))
+
+
+class _CompositionNetwork(nn.Module):
+  """x and t [..., experts, d] -> c: eq. (5) to (8). w_g, w_r start as TIRG's, at 1 and 10."""
+
+  features: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, t: jax.Array, *, train: bool) -> jax.Array:
+    sizes = (self.features, self.axis_name, self.dtype)
+    x, t = jnp.broadcast_arrays(x, t)
+    both = jnp.concatenate([x, t, x * t], axis=-1)
+    gate = nn.sigmoid(torch_dense(both.shape[-1], self.features, self.dtype, name="gate")(both))
+    residual = _FC(*sizes, name="hidden")(both, train=train)
+    residual = _FC(*sizes, name="residual")(residual, train=train)
+    w = self.param("weights", lambda key: jnp.array([1.0, 10.0])).astype(x.dtype)
+    return w[0] * gate * x + w[1] * residual
+
+
+class _CorrectionNetwork(nn.Module):
+  """x of the reference, y of the target [..., experts, d] -> d: eq. (10) to (12)."""
+
+  features: int
+  axis_name: str | None
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, y: jax.Array, *, train: bool) -> jax.Array:
+    sizes = (self.features, self.axis_name, self.dtype)
+    x, y = jnp.broadcast_arrays(x, y)
+    product = x * y
+    of_target, of_reference = (
+      _FC(*sizes, name=name)(jnp.concatenate([product, value], axis=-1), train=train)
+      for name, value in (("target", y), ("reference", x))
+    )
+    both = jnp.concatenate([x, y, of_target - of_reference], axis=-1)
+    return _FC(*sizes, name="difference")(both, train=train)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+  """x / |x| on the last axis; zero where x is, with a gradient that is."""
+  return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
+
+
+def _joined(x: jax.Array) -> jax.Array:
+  """[batch, experts, d] -> [batch, experts * d]."""
+  return x.reshape(len(x), -1)
