@@ -92,7 +92,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # How image and text are composed, if the method is 'single': a name of
   # crn_jax/models/composition/registry.py.
   model.composition = config_dict.placeholder(str)
-  model.text_encoder = "lstm"  # Of 'single': crn_jax/models/text/registry.py.
+  # Of 'single': 'lstm', 'bigru' or 'convolution', see crn_jax/models/text/registry.py.
+  model.text_encoder = "lstm"
   model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.
   model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
   model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
@@ -123,6 +124,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     'auxiliary': 1.0,
     'triplet': 0.0,  # Of 'single': hinge against semi-hard negatives of the batch, both ways.
     'triplet_margin': 0.2,  # By which a target's cosine is to be above a negative's.
+    'correction': 0.0,  # Of DCNet: that of the paper's s_c, and of its s_j, see
+    'joint': 0.0,  # crn_jax/models/composition/dcnet.py.
   })  # fmt: skip
 
   config.optimizer = optimizer = ml_collections.ConfigDict()

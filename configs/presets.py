@@ -129,6 +129,21 @@ def _of_tirg(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def _dcnet(config: ml_collections.ConfigDict) -> None:
+  _single("dcnet")(config)
+  config.loss.update(correction=1.0, joint=0.5)
+
+
+def _of_dcnet(config: ml_collections.ConfigDict) -> None:
+  """Kim et al., AAAI 2021, whose paper does not say for how many epochs."""
+  config.batch_size = 32
+  config.model.update(feature_dim=1024, word_dim=300, text_encoder="convolution")
+  config.optimizer.update(
+    learning_rate=1e-4, weight_decay=0.0, decay_every_epochs=1, decay_factor=0.95,
+    max_decay_epoch=config.num_epochs,
+  )  # fmt: skip
+
+
 def _on_towers(method: str) -> Callable[[ml_collections.ConfigDict], None]:
   """A method on a pair of towers, trained on features; sizes are the towers' own."""
 
@@ -176,6 +191,7 @@ PRESETS: dict[str, Preset] = {
   "film": Preset("resnet50", _of_tirg, _single("film")),
   "tirg": Preset("resnet50", _of_tirg, _single("tirg")),
   "tirg_map": Preset("resnet50", _of_tirg, _single("tirg_map")),
+  "dcnet": Preset("resnet50", _of_dcnet, _dcnet),
   "clip4cir": Preset(None, _clip4cir, _on_towers("clip4cir")),
   "bank": Preset(None, _bank, _on_towers("bank")),
 }

@@ -161,6 +161,8 @@ RULES: dict[str, Rule | Choice] = {
   "loss.auxiliary": NOT_NEGATIVE,
   "loss.triplet": NOT_NEGATIVE,
   "loss.triplet_margin": POSITIVE,
+  "loss.correction": NOT_NEGATIVE,
+  "loss.joint": NOT_NEGATIVE,
   "optimizer.learning_rate": POSITIVE,
   "optimizer.algorithm": Choice(optimizer.ALGORITHMS),
   "optimizer.weight_decay": NOT_NEGATIVE,
@@ -275,6 +277,14 @@ def _conditioned(composition: str, backbone: str) -> str | None:
   return None if backbone in (wanted or BACKBONES) else f"one of the backbones {', '.join(wanted)}"
 
 
+def _pairs(loss: str) -> Agreement:
+  def wrong(composition: str, weight: float) -> str | None:
+    fits = not weight or loss in COMPOSITIONS[composition].pair_losses
+    return None if fits else f"0, as model.composition = {composition!r} has no such scores"
+
+  return Agreement(("model.composition", f"loss.{loss}"), wrong)
+
+
 def _losses(*weights: float) -> str | None:
   return None if any(weights) else "one of them above 0 (loss.perceptual is of one branch only)"
 
@@ -306,6 +316,7 @@ CRN_AGREEMENTS = (
   ),
 )  # fmt: skip
 
+_OF_PAIRS = ("correction", "joint")
 _OF_CRN = ("cross_branch", "mutual_kl", "perceptual", "modification", "auxiliary")
 
 # Of one branch with a composition.
@@ -319,6 +330,11 @@ SINGLE_AGREEMENTS = (
     lambda *weights: None if any(weights) else "one of them above 0",
   ),
   Agreement(("model.composition", "model.backbone.name"), _conditioned),
+  *map(_pairs, _OF_PAIRS),
+  Agreement(
+    ("model.text_encoder", "model.feature_dim"),
+    lambda t, d: "an even model.feature_dim" if t == "bigru" and d % 2 else None,
+  ),
 )
 
 # Of methods with other compositions.
@@ -328,7 +344,10 @@ OTHER_AGREEMENTS = (
     ("method", "model.text_encoder"),
     lambda m, t: None if t == "lstm" else f"'lstm', as the method is {m!r}",
   ),
-  Agreement(("method", "loss.triplet"), lambda m, w: f"0, as the method is {m!r}" if w else None),
+  *(
+    Agreement(("method", f"loss.{term}"), lambda m, w: f"0, as the method is {m!r}" if w else None)
+    for term in ("triplet", *_OF_PAIRS)
+  ),
 )
 
 

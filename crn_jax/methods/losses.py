@@ -73,9 +73,13 @@ def classification(
     Share of the mean cross-entropy in nats.
   """
   queries = normalize(queries) if cosine else queries
-  logits = logit_scale * _scores(queries, batch.gather(normalize(targets)))
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(queries))
-  return jnp.sum(losses) / batch.size(queries)
+  return cross_entropy(logit_scale * _scores(queries, batch.gather(normalize(targets))), batch)
+
+
+def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
+  """Of logits [local batch, global batch] of queries with targets: share of the mean, in nats."""
+  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(logits))
+  return jnp.sum(losses) / batch.size(logits)
 
 
 def info_nce(

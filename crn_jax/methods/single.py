@@ -15,6 +15,7 @@ import optax
 from crn_jax.errors import UserError
 from crn_jax.methods import losses
 from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
+from crn_jax.models.composition.base import Composition
 from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.single import Single
 
@@ -45,9 +46,13 @@ class SingleBranch(Method):
     return Single(config, self.vocab_size, self.axis_name)
 
   @property
+  def _composition(self) -> type[Composition]:
+    return COMPOSITIONS[self.config.model.composition]
+
+  @property
   def normalised(self) -> bool:
     """See `Composition`."""
-    return COMPOSITIONS[self.config.model.composition].normalised
+    return self._composition.normalised
 
   @property
   def vector_dim(self) -> int:
@@ -73,8 +78,12 @@ class SingleBranch(Method):
     return {c: {_PART: variables.get(c, {})} for c in ("params", "batch_stats")}
 
   def unused_parameters(self) -> frozenset[str]:
-    # `vector_scale` is the classification's.
-    return frozenset() if self.config.loss.classification else frozenset({"vector_scale"})
+    weights, unused = self.config.loss, []
+    if not (weights.classification and self.normalised):
+      unused.append("vector_scale")  # That of the classification by cosines.
+    if not any(weights[name] for name in self._composition.pair_losses):
+      unused += self._composition.pair_modules
+    return frozenset(unused)
 
   def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """See `Method.update`. Terms are sums over the levels; gradient norms are before clipping."""
@@ -83,12 +92,12 @@ class SingleBranch(Method):
     drop_path, dropout = jax.random.split(key)
 
     def loss(params):
-      (queries, targets, length), moved = self.model.apply(
+      (queries, targets, pairs, length), moved = self.model.apply(
         {"params": params, "batch_stats": state.batch_stats[_PART]},
         batch["reference"], batch["target"], batch["tokens"], batch["token_mask"],
         train=True, rngs={"drop_path": drop_path, "dropout": dropout}, mutable=["batch_stats"],
       )  # fmt: skip
-      terms = self._terms(queries, targets, length)
+      terms = self._terms(queries, targets, pairs, length)
       total = sum(self.config.loss[name] * value for name, value in terms.items())
       return total, (terms, moved.get("batch_stats", {}))
 
@@ -105,18 +114,25 @@ class SingleBranch(Method):
     state = TrainState(state.step + 1, params, {_PART: moved}, {_PART: opt_state}, average)
     return state, metrics
 
-  def _terms(self, queries, targets, length) -> dict[str, jax.Array]:
+  def _terms(self, queries, targets, pairs, length) -> dict[str, jax.Array]:
     """This device's shares of the losses with a weight, by name; no term is computed for naught."""
     layout = losses.Batch(self.axis_name)
+    # Queries that are not normalised have a length of their own.
+    scale = jnp.square(length) if self.normalised else 1.0
     known = {
       "classification": lambda q, t: losses.classification(
-        q, t, jnp.square(length), layout, cosine=self.normalised
+        q, t, scale, layout, cosine=self.normalised
       ),
     }
     levels = list(zip(queries, targets, strict=True))
-    return {
+    terms = {
       name: sum(term(q, t) for q, t in levels)
       for name, term in known.items()
+      if self.config.loss[name]
+    }
+    return terms | {
+      name: losses.cross_entropy(scores, layout)
+      for name, scores in pairs.items()
       if self.config.loss[name]
     }
 

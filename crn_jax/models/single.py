@@ -44,7 +44,7 @@ class Single(nn.Module):
 
   def compose(self, reference: Any, tokens: jax.Array, mask: jax.Array, *, train: bool) -> Vectors:
     """Of references and texts [batch, words]: see `Composition.compose`."""
-    words = self.text(tokens)
+    words = self.text(tokens, mask)
     return _at_least_float32(self.composition.compose(reference, words, mask, train=train))
 
   def __call__(
@@ -55,7 +55,7 @@ class Single(nn.Module):
     token_mask: jax.Array,
     *,
     train: bool,
-  ) -> tuple[Vectors, Vectors, jax.Array]:
+  ) -> tuple[Vectors, Vectors, dict[str, jax.Array], jax.Array]:
     """One pass over a batch of triplets.
 
     Args:
@@ -65,15 +65,18 @@ class Single(nn.Module):
       train: batch statistics (which then move the running ones), stochastic depth, dropout.
 
     Returns:
-      Query and target vectors, one [batch, d_k] a level; the vectors' length [1].
+      Query and target vectors, one [batch, d_k] a level; scores of pairs, see
+      `Composition.compose_against`; the vectors' length [1].
     """
     # One backbone pass for both; interleaved, so that a shard of triplets is a shard of images.
     images = jnp.stack([reference, target], axis=1).reshape(-1, *reference.shape[1:])
     encoded, vectors = self.encode_images(images, train=train)
-    references, targets = jax.tree.map(lambda x: x[0::2], encoded), [v[1::2] for v in vectors]
-    queries = self.compose(references, tokens, token_mask, train=train)
-    return queries, tuple(targets), self.vector_scale
+    references, targets = jax.tree.map(lambda x: x[0::2], encoded), tuple(v[1::2] for v in vectors)
+    queries, pairs = self.composition.compose_against(
+      references, self.text(tokens, token_mask), token_mask, targets, train=train
+    )
+    return _at_least_float32(queries), targets, _at_least_float32(pairs), self.vector_scale
 
 
-def _at_least_float32(vectors: Vectors) -> Vectors:
-  return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in vectors)
+def _at_least_float32(tree: Any) -> Any:
+  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)

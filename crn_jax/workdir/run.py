@@ -46,6 +46,8 @@ _ADDED = {
   "model.text_encoder": "lstm",
   "loss.triplet": 0.0,
   "loss.triplet_margin": 0.2,
+  "loss.correction": 0.0,
+  "loss.joint": 0.0,
   "optimizer.algorithm": "adam",
   "optimizer.momentum": 0.9,
   "optimizer.betas": [0.9, 0.999],

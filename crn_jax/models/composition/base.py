@@ -24,6 +24,8 @@ class Composition(nn.Module):
     normalised: whether queries are compared by their cosine; otherwise by the dot product of the
       query as it is with the target's unit vector.
     backbones: names of the backbones that it works with; empty: all.
+    pair_losses: names of the losses, fields of `loss`, of scores that `compose_against` gives.
+    pair_modules: names of the modules that no other loss reaches.
   """
 
   config: ml_collections.FrozenConfigDict
@@ -32,6 +34,8 @@ class Composition(nn.Module):
   dtype: jnp.dtype = jnp.float32
   normalised: ClassVar[bool] = True
   backbones: ClassVar[tuple[str, ...]] = ()
+  pair_losses: ClassVar[tuple[str, ...]] = ()
+  pair_modules: ClassVar[tuple[str, ...]] = ()
 
   def image(self, features: FeatureMaps, *, train: bool) -> tuple[Any, tuple[jax.Array, ...]]:
     """Encodes images.
@@ -61,6 +65,28 @@ class Composition(nn.Module):
       Query vectors, one a level, as wide as the images' of that level.
     """
     raise NotImplementedError
+
+  def compose_against(
+    self,
+    reference: Any,
+    words: jax.Array,
+    mask: jax.Array,
+    targets: tuple[jax.Array, ...],
+    *,
+    train: bool,
+  ) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+    """Composes queries where their targets are known: in training, for losses that need both.
+
+    Args:
+      reference, words, mask, train: as for `compose`.
+      targets: vectors of the targets, as from `image`, a row a query.
+
+    Returns:
+      As `compose`; for each of `pair_losses` the scores [batch, batch over all devices] of queries
+      with targets, of which each query's own should be the largest.
+    """
+    del targets
+    return self.compose(reference, words, mask, train=train), {}
 
 
 class ImageVector(nn.Module):

@@ -36,6 +36,8 @@ class DCNet(Composition):
   """Experts, composition network and, in training, correction network."""
 
   normalised = False
+  pair_losses = ("correction", "joint")
+  pair_modules = ("correcting",)
 
   def setup(self):
     sizes = (self.config.feature_dim, self.axis_name, self.dtype)

@@ -30,11 +30,13 @@ class TextEncoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, tokens: jax.Array) -> jax.Array:
+  def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """[batch, words] int -> [batch, words, feature_dim].
 
-    Padding stands on the right, so the features of real words never depend on it.
+    Other encoders need the mask of the words. Here padding stands on the right, so the features of
+    real words never depend on it.
     """
+    del mask
     width = self.feature_dim
     uniform = linear.torch_uniform(width)
     embed = nn.Embed(

@@ -2,7 +2,13 @@
 
 import flax.linen as nn
 
+from crn_jax.models.text.convolution import Convolution
+from crn_jax.models.text.gru import BiGRU
 from crn_jax.models.text.lstm import TextEncoder
 
-# Called with (vocab_size, word_dim, feature_dim, dtype).
-TEXT_ENCODERS: dict[str, type[nn.Module]] = {"lstm": TextEncoder}
+# Made of (vocab_size, word_dim, feature_dim, dtype), called with tokens and their mask.
+TEXT_ENCODERS: dict[str, type[nn.Module]] = {
+  "lstm": TextEncoder,
+  "bigru": BiGRU,
+  "convolution": Convolution,
+}
