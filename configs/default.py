@@ -122,7 +122,6 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     'modification': 1.0,
     'auxiliary': 1.0,
     'triplet': 0.0,  # Of 'single': hinge against semi-hard negatives of the batch, both ways.
-    'triplet_margin': 0.2,  # By which a target's cosine is to be above a negative's.
   })  # fmt: skip
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -148,6 +147,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # published). Early on the decay is smaller, (1 + step) / (10 + step), to forget the start.
   optimizer.ema_decay = 0.0
 
+  # By which 'triplet' wants a target's cosine to be above a negative's.
+  config.single = ml_collections.ConfigDict({"margin": 0.2})
   config.clip4cir = ml_collections.ConfigDict({"dropout": 0.5})  # Of the combiner's hidden layers.
   config.bank = ml_collections.ConfigDict({"temperature": 0.02})  # Divides the cosines.
 
