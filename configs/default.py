@@ -64,9 +64,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   model.backbone = backbone = ml_collections.ConfigDict()
-  backbone.name = (
-    chosen.backbone
-  )  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet50'.
+  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet18' or 'resnet50'.
+  backbone.name = chosen.backbone
   # Sizes, for small models; None is what the name stands for.
   backbone.depths = config_dict.placeholder(tuple)  # Blocks a stage.
   backbone.embed_dim = config_dict.placeholder(int)  # Swin only, as the next four.
