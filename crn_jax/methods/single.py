@@ -32,7 +32,7 @@ class SingleBranch(Method):
     name = self.config.model.composition
     if name not in COMPOSITIONS:
       raise UserError(f"model.composition: expected one of {', '.join(COMPOSITIONS)}, not {name!r}")
-    wanted, backbone = COMPOSITIONS[name].backbones, self.config.model.backbone.name
+    wanted, backbone = self.composition.backbones, self.config.model.backbone.name
     if wanted and backbone not in wanted:
       raise UserError(
         f"model.composition = {name!r} works with the backbones {', '.join(wanted)}, not with "
@@ -46,13 +46,9 @@ class SingleBranch(Method):
     return Single(config, self.vocab_size, self.axis_name)
 
   @property
-  def _composition(self) -> type[Composition]:
+  def composition(self) -> type[Composition]:
+    """Its class."""
     return COMPOSITIONS[self.config.model.composition]
-
-  @property
-  def normalised(self) -> bool:
-    """See `Composition`."""
-    return self._composition.normalised
 
   @property
   def vector_dim(self) -> int:
@@ -78,12 +74,16 @@ class SingleBranch(Method):
     return {c: {_PART: variables.get(c, {})} for c in ("params", "batch_stats")}
 
   def unused_parameters(self) -> frozenset[str]:
-    weights, unused = self.config.loss, []
-    if not (weights.classification and self.normalised):
-      unused.append("vector_scale")  # That of the classification by cosines.
-    if not any(weights[name] for name in self._composition.pair_losses):
-      unused += self._composition.pair_modules
-    return frozenset(unused)
+    weights, composition = self.config.loss, self.composition
+    used = {
+      "text": composition.uses_text,
+      # The length of vectors that are compared by cosine.
+      "vector_scale": weights.classification and composition.normalised,
+      **dict.fromkeys(
+        composition.pair_modules, any(weights[name] for name in composition.pair_losses)
+      ),
+    }
+    return frozenset(name for name, is_used in used.items() if not is_used)
 
   def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """See `Method.update`. Terms are sums over the levels; gradient norms are before clipping."""
@@ -118,10 +118,10 @@ class SingleBranch(Method):
     """This device's shares of the losses with a weight, by name; no term is computed for naught."""
     layout = losses.Batch(self.axis_name)
     # Queries that are not normalised have a length of their own.
-    scale = jnp.square(length) if self.normalised else 1.0
+    scale = jnp.square(length) if self.composition.normalised else 1.0
     known = {
       "classification": lambda q, t: losses.classification(
-        q, t, scale, layout, cosine=self.normalised
+        q, t, scale, layout, cosine=self.composition.normalised
       ),
     }
     levels = list(zip(queries, targets, strict=True))

@@ -26,6 +26,7 @@ class Composition(nn.Module):
     backbones: names of the backbones that it works with; empty: all.
     pair_losses: names of the losses, fields of `loss`, of scores that `compose_against` gives.
     pair_modules: names of the modules that no other loss reaches.
+    uses_text: whether the text has a part in it.
   """
 
   config: ml_collections.FrozenConfigDict
@@ -36,6 +37,7 @@ class Composition(nn.Module):
   backbones: ClassVar[tuple[str, ...]] = ()
   pair_losses: ClassVar[tuple[str, ...]] = ()
   pair_modules: ClassVar[tuple[str, ...]] = ()
+  uses_text: ClassVar[bool] = True
 
   def image(self, features: FeatureMaps, *, train: bool) -> tuple[Any, tuple[jax.Array, ...]]:
     """Encodes images.

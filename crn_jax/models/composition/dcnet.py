@@ -21,9 +21,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from crn_jax.models import linear
 from crn_jax.models.composition.base import Composition
 from crn_jax.models.layers import dropout
-from crn_jax.models.linear import torch_dense
 
 # Of the spatial experts, (x, y) on a map of 7 x 7.
 POSITIONS = ((3, 1), (1, 3), (3, 3), (5, 3), (3, 5))
@@ -75,16 +75,40 @@ class DCNet(Composition):
     return (EXPERTS**0.5 * _joined(composed),)
 
 
+class _Linear(nn.Module):
+  """Linear layer on the concatenation of its inputs, whose other axes are broadcast.
+
+  What does not depend on both of a pair is multiplied once, not once for each pair.
+  """
+
+  features: int
+  dtype: jnp.dtype
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, *parts: jax.Array) -> jax.Array:
+    width = sum(x.shape[-1] for x in parts)
+    uniform = linear.torch_uniform(width)
+    kernel = self.param("kernel", uniform, (width, self.features)).astype(self.dtype)
+    result, first = 0.0, 0
+    for x in parts:
+      result = result + x @ kernel[first : first + x.shape[-1]]
+      first += x.shape[-1]
+    if self.use_bias:
+      result = result + self.param("bias", uniform, (self.features,)).astype(self.dtype)
+    return result
+
+
 class _FC(nn.Module):
-  """FC of the paper: linear, ReLU, dropout."""
+  """FC of the paper, on the concatenation of its inputs: linear, ReLU, dropout."""
 
   features: int
   axis_name: str | None
   dtype: jnp.dtype
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-    x = nn.relu(torch_dense(x.shape[-1], self.features, self.dtype, name="linear")(x))
+  def __call__(self, *parts: jax.Array, train: bool) -> jax.Array:
+    x = nn.relu(_Linear(self.features, self.dtype, name="linear")(*parts))
     return dropout(self, x, _DROPOUT) if train else x
 
 
@@ -124,7 +148,7 @@ class _TextExperts(nn.Module):
     queries = self.param("queries", nn.initializers.normal(1.0), (EXPERTS, d)).astype(self.dtype)
     hidden = _FC(*sizes, name="hidden")(words[:, :, None] * queries, train=train)
     # [batch, words, experts, 1]; a bias would not change the softmax.
-    scores = torch_dense(d, 1, self.dtype, use_bias=False, name="score")(hidden)
+    scores = _Linear(1, self.dtype, use_bias=False, name="score")(hidden)
     weights = jax.nn.softmax(scores, axis=1, where=mask[:, :, None, None])
     attended = jnp.sum(weights * words[:, :, None], axis=1)
     experts = [_FC(*sizes, name=f"expert{i}")(attended[:, i], train=train) for i in range(EXPERTS)]
@@ -141,10 +165,9 @@ class _CompositionNetwork(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, t: jax.Array, *, train: bool) -> jax.Array:
     sizes = (self.features, self.axis_name, self.dtype)
-    x, t = jnp.broadcast_arrays(x, t)
-    both = jnp.concatenate([x, t, x * t], axis=-1)
-    gate = nn.sigmoid(torch_dense(both.shape[-1], self.features, self.dtype, name="gate")(both))
-    residual = _FC(*sizes, name="hidden")(both, train=train)
+    both = (x, t, x * t)
+    gate = nn.sigmoid(_Linear(self.features, self.dtype, name="gate")(*both))
+    residual = _FC(*sizes, name="hidden")(*both, train=train)
     residual = _FC(*sizes, name="residual")(residual, train=train)
     w = self.param("weights", lambda key: jnp.array([1.0, 10.0])).astype(x.dtype)
     return w[0] * gate * x + w[1] * residual
@@ -160,14 +183,9 @@ class _CorrectionNetwork(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, y: jax.Array, *, train: bool) -> jax.Array:
     sizes = (self.features, self.axis_name, self.dtype)
-    x, y = jnp.broadcast_arrays(x, y)
-    product = x * y
-    of_target, of_reference = (
-      _FC(*sizes, name=name)(jnp.concatenate([product, value], axis=-1), train=train)
-      for name, value in (("target", y), ("reference", x))
-    )
-    both = jnp.concatenate([x, y, of_target - of_reference], axis=-1)
-    return _FC(*sizes, name="difference")(both, train=train)
+    of_target = _FC(*sizes, name="target")(x * y, y, train=train)
+    of_reference = _FC(*sizes, name="reference")(x * y, x, train=train)
+    return _FC(*sizes, name="difference")(x, y, of_target - of_reference, train=train)
 
 
 def _unit(x: jax.Array) -> jax.Array:
