@@ -1,41 +1,31 @@
 """Every knob with its default. The other configurations change only what differs.
 
-A configuration takes a preset, a backbone or both after a colon, joined by a comma:
-`--config=configs/fashioniq_dress.py:crn_released`, `:swin_base`, `:crn_released,swin_base`. Without
-them they are `crn` and the preset's own backbone. `:clip4cir` and `:bank` work on pretrained towers
-and have no backbone: `--config.model.pretrained=FOLDER`. Any field can be changed on the command
-line: `--config.batch_size=32`. What a field may be is checked by `crn_jax/configuration.py`, where
-a new field needs a rule.
+A configuration takes names after a colon, joined by commas: a preset, a backbone, or both, and
+`equal`: `--config=configs/fashioniq_dress.py:tirg`, `:swin_base`, `:crn_released,swin_base`,
+`:tirg,equal`. Without them they are `crn` and the preset's own backbone; what they stand for is in
+`configs/presets.py`. Any field can be changed on the command line: `--config.batch_size=32`. What a
+field may be is checked by `crn_jax/configuration.py`, where a new field needs a rule.
 """
 
 import ml_collections
-from absl import flags
 from ml_collections import config_dict
 
-from crn_jax.models.backbones.registry import BACKBONES
-
-# preset -> backbone that it has unless another is named.
-PRESETS = {"crn": "swin_large", "crn_released": "swin_large", "clvc_net": "resnet50"}
-# Presets of methods on a pair of pretrained towers, which `model.pretrained` names.
-TOWER_PRESETS = ("clip4cir", "bank")
+from configs import presets
 
 
 def get_config(names: str = "") -> ml_collections.ConfigDict:
   """Configuration of CRN with Swin-L on FashionIQ, all three categories.
 
   Args:
-    names: a preset, a backbone, or both joined by a comma.
+    names: see `presets.parse`.
 
   Raises:
     flags.IllegalFlagValueError: on other names; it reaches the terminal as one line.
   """
-  preset, backbone_name = parse_names(names)
+  chosen = presets.parse(names)
   config = ml_collections.ConfigDict()
   config.name = "default"  # Names the work directory, runs/<name>.
-  # For the record, with the backbone unless it is the preset's own: what they stand for is in the
-  # fields below.
-  named = backbone_name != PRESETS.get(preset, backbone_name)
-  config.preset = f"{preset}_{backbone_name}" if named else preset
+  config.preset = chosen.label  # For the record: what it stands for is in the fields below.
   config.method = "crn"  # How a model is trained and asked: `crn_jax/methods/registry.py`.
   config.seed = 599
   config.num_epochs = 50
@@ -74,7 +64,9 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   model.backbone = backbone = ml_collections.ConfigDict()
-  backbone.name = backbone_name  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet50'.
+  backbone.name = (
+    chosen.backbone
+  )  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet50'.
   # Sizes, for small models; None is what the name stands for.
   backbone.depths = config_dict.placeholder(tuple)  # Blocks a stage.
   backbone.embed_dim = config_dict.placeholder(int)  # Swin only, as the next four.
@@ -97,6 +89,10 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   model.feature_dim = 1024  # Of vectors and words; a multiple of 32.
   model.word_dim = 768
   model.keep_map = True  # Keep the positions of the last map; False pools it to 1 x 1.
+  # How image and text are composed, if the method is 'single': a name of
+  # crn_jax/models/composition/registry.py.
+  model.composition = config_dict.placeholder(str)
+  model.text_encoder = "lstm"  # Of 'single': crn_jax/models/text/registry.py.
   model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.
   model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
   model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
@@ -125,12 +121,15 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     'perceptual': 1.0,  # Local branch only.
     'modification': 1.0,
     'auxiliary': 1.0,
+    'triplet': 0.0,  # Of 'single': hinge against semi-hard negatives of the batch, both ways.
+    'triplet_margin': 0.2,  # By which a target's cosine is to be above a negative's.
   })  # fmt: skip
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 3e-5
-  optimizer.algorithm = "adam"  # Or 'adamw'.
-  # 'adam': added to the gradient, as PyTorch's Adam does; 'adamw': to the update behind Adam.
+  optimizer.algorithm = "adam"  # Or 'adamw', 'sgd'.
+  optimizer.momentum = 0.9  # Of 'sgd'.
+  # 'adam', 'sgd': added to the gradient, as in PyTorch; 'adamw': to the update behind Adam.
   optimizer.weight_decay = 1e-6
   optimizer.betas = (0.9, 0.999)  # Of the moving averages of gradients and of their squares.
   optimizer.epsilon = 1e-8  # Added to the root of the second.
@@ -179,66 +178,5 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.deterministic_ops = False
   # First and last step of a trace for TensorBoard's profiler, e.g. (10, 12); () records none.
   config.profile_steps = ()
-  if preset == "crn_released":
-    # What the PyTorch release computes, to the last digit.
-    model.keep_map = False
-    model.aggregation = "discarded"
-    model.mask_padding = False
-    config.loss.modification = 0.0
-    config.loss.auxiliary = 0.0
-    data.markers = "words"
-  elif preset == "clvc_net":
-    # What CRN grew from (Wen et al., SIGIR 2021).
-    model.map_dim = None
-    model.aggregation = "none"
-    model.word_dim = 512
-    config.loss.modification = 0.0
-    config.loss.auxiliary = 0.0
-    config.batch_size = 32
-    optimizer.learning_rate = 1e-4
-  elif preset in TOWER_PRESETS:
-    _on_towers(config, preset)
+  presets.apply(config, chosen)
   return config
-
-
-def _on_towers(config: ml_collections.ConfigDict, preset: str) -> None:
-  """CLIP4Cir (Baldrati et al., CVPRW 2022); a bank (after SPN4CIR, Feng et al., MM 2024)."""
-  config.method = preset
-  config.model.pretrained = ""  # To be given: the folder of converted towers.
-  data, optimizer = config.data, config.optimizer
-  for name in ("image_size", "resize", "max_words"):  # None: the towers' own, from their files.
-    del data[name]
-    data[name] = config_dict.placeholder(int)
-  data.captions = "mixed"
-  data.max_ratio = 1.25
-  data.augment = "none"
-  adamw = {"algorithm": "adamw", "weight_decay": 0.01}  # PyTorch's decay unless another is given.
-  if preset == "bank":
-    config.batch_size = 256
-    config.num_epochs = 3
-    optimizer.update(learning_rate=2e-5, **adamw)
-    return
-  config.batch_size = 4096
-  config.num_epochs = 300
-  optimizer.update(learning_rate=2e-5, weight_decay=0.0)
-  config.eval.every_epochs = 10
-  config.finetune.num_epochs = 100
-  config.finetune.optimizer.update(learning_rate=2e-6, epsilon=1e-7, **adamw)
-
-
-def parse_names(names: str) -> tuple[str, str]:
-  """'clvc_net', 'swin_base', 'crn_released,swin_base' or '' -> preset and backbone."""
-  words = [word for word in names.split(",") if word]
-  if len(words) == 1 and words[0] in TOWER_PRESETS:
-    return words[0], PRESETS["crn"]
-  presets = [word for word in words if word in PRESETS]
-  backbones = [word for word in words if word in BACKBONES]
-  if len(presets) > 1 or len(backbones) > 1 or len(presets) + len(backbones) < len(words):
-    # Not a ValueError, to which the configuration's parser adds a traceback.
-    raise flags.IllegalFlagValueError(
-      f"{names!r} after the configuration's colon: expected a preset ({', '.join(PRESETS)}), a "
-      f"backbone ({', '.join(BACKBONES)}), one of each with a comma between them, or a preset "
-      f"without a backbone ({', '.join(TOWER_PRESETS)})"
-    )
-  preset = presets[0] if presets else "crn"
-  return preset, backbones[0] if backbones else PRESETS[preset]

@@ -23,7 +23,9 @@ from crn_jax.methods import optimizer, zero_shot
 from crn_jax.methods.registry import METHODS, uses_features
 from crn_jax.models.backbones import remat
 from crn_jax.models.backbones.registry import BACKBONES
+from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.preprocessing import INTERPOLATIONS
+from crn_jax.models.text.registry import TEXT_ENCODERS
 from crn_jax.retrieval import metrics
 from crn_jax.workdir import run
 
@@ -140,6 +142,8 @@ RULES: dict[str, Rule | Choice] = {
   "model.feature_dim": integer(1),
   "model.word_dim": integer(1),
   "model.keep_map": TRUTH,
+  "model.composition": optional(Choice(COMPOSITIONS)),
+  "model.text_encoder": Choice(TEXT_ENCODERS),
   "model.aggregation": Choice(("used", "discarded", "none")),
   "model.mask_padding": TRUTH,
   "model.attention_temperature.local": POSITIVE,
@@ -155,9 +159,12 @@ RULES: dict[str, Rule | Choice] = {
   "loss.perceptual": NOT_NEGATIVE,
   "loss.modification": NOT_NEGATIVE,
   "loss.auxiliary": NOT_NEGATIVE,
+  "loss.triplet": NOT_NEGATIVE,
+  "loss.triplet_margin": POSITIVE,
   "optimizer.learning_rate": POSITIVE,
   "optimizer.algorithm": Choice(optimizer.ALGORITHMS),
   "optimizer.weight_decay": NOT_NEGATIVE,
+  "optimizer.momentum": SHARE,
   "optimizer.betas": several(SHARE, "two numbers of 0 or more, below 1", lambda x: len(x) == 2),
   "optimizer.epsilon": POSITIVE,
   "optimizer.schedule": Choice(("step", "cosine")),
@@ -263,6 +270,11 @@ def _metric(best_metric: str, recall_at: tuple, dataset: str) -> str | None:
   )
 
 
+def _conditioned(composition: str, backbone: str) -> str | None:
+  wanted = COMPOSITIONS[composition].backbones
+  return None if backbone in (wanted or BACKBONES) else f"one of the backbones {', '.join(wanted)}"
+
+
 def _losses(*weights: float) -> str | None:
   return None if any(weights) else "one of them above 0 (loss.perceptual is of one branch only)"
 
@@ -293,6 +305,31 @@ CRN_AGREEMENTS = (
                                 "auxiliary")), _losses,
   ),
 )  # fmt: skip
+
+_OF_CRN = ("cross_branch", "mutual_kl", "perceptual", "modification", "auxiliary")
+
+# Of one branch with a composition.
+SINGLE_AGREEMENTS = (
+  *(
+    Agreement((f"loss.{term}",), lambda weight: "0, as it is a loss of CRN" if weight else None)
+    for term in _OF_CRN
+  ),
+  Agreement(
+    ("loss.classification", "loss.triplet"),
+    lambda *weights: None if any(weights) else "one of them above 0",
+  ),
+  Agreement(("model.composition", "model.backbone.name"), _conditioned),
+)
+
+# Of methods with other compositions.
+OTHER_AGREEMENTS = (
+  Agreement(("method", "model.composition"), lambda m, c: f"None, as the method is {m!r}"),
+  Agreement(
+    ("method", "model.text_encoder"),
+    lambda m, t: None if t == "lstm" else f"'lstm', as the method is {m!r}",
+  ),
+  Agreement(("method", "loss.triplet"), lambda m, w: f"0, as the method is {m!r}" if w else None),
+)
 
 
 def check(
@@ -365,6 +402,9 @@ def _problems(fields: Mapping[str, Any], devices: Mapping[str, int]) -> Iterator
   agreements = AGREEMENTS + (BACKBONE_AGREEMENTS if has_backbone else ())
   agreements += FEATURE_AGREEMENTS if "method" in valid and uses_features(valid["method"]) else ()
   agreements += CRN_AGREEMENTS if fields.get("method") in ("crn", "crn_towers") else ()
+  agreements += SINGLE_AGREEMENTS if fields.get("method") == "single" else OTHER_AGREEMENTS
+  if fields.get("method") == "single" and fields.get("model.composition") is None:
+    yield f"model.composition = None: expected one of {', '.join(map(repr, COMPOSITIONS))}"
   for agreement in agreements:
     values = [valid.get(name) for name in agreement.fields]
     if None not in values and (expected := agreement.wrong(*values)):

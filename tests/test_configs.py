@@ -11,7 +11,7 @@ import pytest
 import torch
 from absl import flags
 
-from configs import default, zero_shot
+from configs import default, presets, zero_shot
 from configs import run as saved
 from crn_jax import configuration, pretrained, stages
 from crn_jax.convert import release
@@ -25,7 +25,7 @@ import timm as timm_models  # isort: skip
 # Published ones; `run` is that of a run that is there, the others are of pretrained towers.
 CONFIGS = sorted(
   {p.stem for p in pathlib.Path(default.__file__).parent.glob("*.py")}
-  - {"run", "zero_shot", "crn_towers"}
+  - {"run", "zero_shot", "crn_towers", "presets"}
 )
 
 
@@ -47,7 +47,7 @@ def test_every_configuration_takes_a_preset_a_backbone_or_both(name, names):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_configuration_can_be_used(name):
   get_config = importlib.import_module(f"configs.{name}").get_config
-  for preset, backbone in itertools.product(default.PRESETS, registry.BACKBONES):
+  for preset, backbone in itertools.product(presets.PRESETS, registry.BACKBONES):
     configuration.check(get_config(f"{preset},{backbone}"))
 
 
@@ -112,7 +112,7 @@ def test_zero_shot_refuses_other_names_in_one_line_with_the_choices():
     zero_shot.get_config("shoe")
 
 
-@pytest.mark.parametrize("preset", default.TOWER_PRESETS)
+@pytest.mark.parametrize("preset", presets.TOWER_PRESETS)
 @pytest.mark.parametrize("name", ["fashioniq_all", "shoes", "fashion200k", "demo"])
 def test_a_preset_on_towers_can_be_used_with_every_data_set(name, preset):
   config = importlib.import_module(f"configs.{name}").get_config(preset)
@@ -144,7 +144,7 @@ def test_other_names_are_refused_in_one_line_with_the_choices(names):
   with pytest.raises(flags.IllegalFlagValueError) as error:
     default.get_config(names)
   message = str(error.value)
-  for known in (repr(names), *default.PRESETS, *registry.BACKBONES):
+  for known in (repr(names), *presets.PRESETS, *registry.BACKBONES):
     assert known in message, known
   assert "\n" not in message
 

@@ -11,7 +11,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from configs import default
+from configs import default, presets
 from crn_jax import configuration, pretrained, stages, state, train
 from crn_jax.catalogue import model
 from crn_jax.convert import backbone
@@ -303,7 +303,7 @@ def test_what_cannot_work_is_said_before_anything_is_written(root, tmp_path, cha
   assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("preset", default.TOWER_PRESETS)
+@pytest.mark.parametrize("preset", presets.TOWER_PRESETS)
 def test_presets_have_the_published_settings(preset):
   config = default.get_config(preset)
   assert (config.preset, config.method) == (preset, preset)

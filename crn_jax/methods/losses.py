@@ -57,18 +57,23 @@ def cosine_logits(queries: jax.Array, targets: jax.Array, batch: Batch) -> jax.A
   return _scores(normalize(queries), batch.gather(normalize(targets)))
 
 
-def classification(queries, targets, logit_scale, batch: Batch) -> jax.Array:
+def classification(
+  queries, targets, logit_scale, batch: Batch, *, cosine: bool = True
+) -> jax.Array:
   """Batch-based classification: each query picks its target among all targets of the batch.
 
   Args:
     queries, targets: [local batch, dim].
     logit_scale: [1] inverse temperature.
     batch: layout over devices.
+    cosine: whether to compare by cosine, or by the query's dot product with the target's unit
+      vector.
 
   Returns:
     Share of the mean cross-entropy in nats.
   """
-  logits = logit_scale * cosine_logits(queries, targets, batch)
+  queries = normalize(queries) if cosine else queries
+  logits = logit_scale * _scores(queries, batch.gather(normalize(targets)))
   losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels(queries))
   return jnp.sum(losses) / batch.size(queries)
 

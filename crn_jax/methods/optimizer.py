@@ -1,4 +1,4 @@
-"""Adam with coupled L2 or decoupled weight decay, and learning rates, as optax transformations."""
+"""Adam with coupled L2 or decoupled weight decay, SGD, and learning rates, with Optax."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ import optax
 
 from crn_jax.errors import UserError
 
-ALGORITHMS = ("adam", "adamw")
+ALGORITHMS = ("adam", "adamw", "sgd")
 
 
 def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int):
@@ -49,7 +49,8 @@ def create(
   """The optimizer of one part of a method.
 
   With the algorithm 'adam' weight decay is added to the gradient before Adam (PyTorch's Adam); with
-  'adamw' to the update behind it (PyTorch's AdamW).
+  'adamw' to the update behind it (PyTorch's AdamW); with 'sgd' to the gradient before momentum
+  (PyTorch's SGD).
 
   Args:
     config: the `optimizer` part of the configuration.
@@ -66,15 +67,18 @@ def create(
       f"optimizer.algorithm must be {' or '.join(map(repr, ALGORITHMS))}, not {config.algorithm!r}"
     )
   clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+  decay = optax.add_decayed_weights(config.weight_decay)
   b1, b2 = config.betas
-  moments = [
-    optax.add_decayed_weights(config.weight_decay),
-    optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon),
-  ]
-  adam = optax.chain(
+  adam = optax.scale_by_adam(b1=b1, b2=b2, eps=config.epsilon)
+  direction = {
+    "adam": (decay, adam),
+    "adamw": (adam, decay),
+    "sgd": (decay, optax.trace(config.momentum)),
+  }[config.algorithm]
+  descent = optax.chain(
     clip,
-    *(moments if config.algorithm == "adam" else reversed(moments)),
-    _rate(config.logit_scale_rate, "logit_scale"),
+    *direction,
+    _rate(config.logit_scale_rate, "logit_scale", "vector_scale"),
     _rate(config.backbone_rate, "backbone", "encoder"),
     optax.scale_by_learning_rate(learning_rate(config, steps_per_epoch, total_steps)),
   )
@@ -85,7 +89,7 @@ def create(
     )
     return jax.tree.map(lambda flag: "unused" if flag else "trained", flags)
 
-  return optax.partition({"trained": adam, "unused": optax.set_to_zero()}, labels)
+  return optax.partition({"trained": descent, "unused": optax.set_to_zero()}, labels)
 
 
 def average_parameters(average, params, step: jax.Array, decay: float):

@@ -3,7 +3,7 @@
 import ml_collections
 
 from crn_jax.errors import UserError
-from crn_jax.methods import bank, clip4cir, crn, crn_towers, zero_shot
+from crn_jax.methods import bank, clip4cir, crn, crn_towers, single, zero_shot
 from crn_jax.methods.base import Method
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.models.backbones.registry import check_prepared
@@ -11,6 +11,7 @@ from crn_jax.models.backbones.registry import check_prepared
 METHODS: dict[str, type[Method]] = {
   "crn": crn.CRN,
   "crn_towers": crn_towers.CRNTowers,
+  "single": single.SingleBranch,
   "zero_shot": zero_shot.ZeroShot,
   "fine_tuning": clip4cir.FineTuning,
   "clip4cir": clip4cir.Clip4Cir,

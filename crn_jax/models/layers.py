@@ -107,6 +107,24 @@ class BatchNorm(nn.Module):
     return mean, total(jnp.square(deviation)) / n, n
 
 
+def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:
+  """Drops values and scales up the others. What is dropped does not depend on how many devices the
+  batch is spread over.
+
+  Args:
+    module: draws from its random numbers "dropout"; has the attribute `axis_name`.
+    x: [batch, ...].
+    rate: share of the values that are dropped, below 1.
+  """
+  shards = jax.lax.axis_size(module.axis_name) if module.axis_name else 1
+  keep = 1.0 - rate
+  kept = jax.random.bernoulli(module.make_rng("dropout"), keep, (shards * x.shape[0], *x.shape[1:]))
+  if shards > 1:
+    first = jax.lax.axis_index(module.axis_name) * x.shape[0]
+    kept = jax.lax.dynamic_slice_in_dim(kept, first, x.shape[0])
+  return jnp.where(kept, x / keep, 0.0)
+
+
 class ConvUnit(nn.Module):
   """Convolution (no bias, stride 1, zero padding), BatchNorm, ReLU.
 

@@ -4,7 +4,7 @@ Equal to torchvision's `resnet50` without its classifier: the stride of a block 
 convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's. Sizes are free.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import flax.linen as nn
@@ -100,29 +100,43 @@ class ResNet(nn.Module):
     return EXPANSION * self.width * 2 ** (len(self.depths) - 1)
 
   @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool) -> FeatureMaps:
+  def __call__(
+    self,
+    images: jax.Array,
+    *,
+    train: bool,
+    first_stage: int = 0,
+    modulate: Callable[[str, jax.Array], jax.Array] = lambda name, x: x,
+  ) -> FeatureMaps:
     """Encodes images.
 
     Args:
-      images: [batch, height, width, 3], normalised; any size.
+      images: [batch, height, width, 3], normalised; any size. If `first_stage` is above 0: the map
+        of the stage before it.
       train: normalise by the batch; this moves the running statistics (collection 'batch_stats',
         which must be mutable).
+      first_stage: where to begin.
+      modulate: name of a block, what it gives -> what the next one takes.
 
     Returns:
       `FeatureMaps`: entry k of `stages` is torchvision's `layer{k + 1}`, h / 4 at the first and
-      half as much at each next; `map` is the last of them.
+      half as much at each next; `map` is the last of them. The first is that of `first_stage`.
     """
-    x = conv(self.width, 7, 2, self.dtype, "conv1")(images.astype(self.dtype))
-    bn = BatchNorm(self.axis_name, self.dtype, name="bn1")
-    x = nn.relu(bn(x, None, train=train, update_stats=train))
-    x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    x = images.astype(self.dtype)
+    if first_stage == 0:
+      x = conv(self.width, 7, 2, self.dtype, "conv1")(x)
+      bn = BatchNorm(self.axis_name, self.dtype, name="bn1")
+      x = nn.relu(bn(x, None, train=train, update_stats=train))
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
     block = rematerialised(Bottleneck, self.remat, static_argnums=(2,))
     stages = []
-    for i, depth in enumerate(self.depths):
+    for i, depth in list(enumerate(self.depths))[first_stage:]:
       for j in range(depth):
+        name = stacking.block_name(i, j)
         x = block(
           self.width * 2**i, 2 if i > 0 and j == 0 else 1, j == 0, self.dtype, self.axis_name,
-          name=stacking.block_name(i, j),
+          name=name,
         )(x, train)  # fmt: skip
+        x = modulate(name, x)
       stages.append(x)
     return FeatureMaps(x, tuple(stages))

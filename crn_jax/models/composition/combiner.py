@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
+from crn_jax.models.layers import dropout
 
 # Widths in units of the features' width.
 _PROJECTION, _HIDDEN = 4, 8
@@ -47,7 +48,7 @@ class Combiner(nn.Module):
 
     def hidden(x, width, name):
       x = nn.relu(linear.torch_dense(x.shape[-1], width, self.dtype, name=name)(x))
-      return self._drop(x) if train else x
+      return dropout(self, x, self.dropout) if train else x
 
     projected = [
       hidden(text, _PROJECTION * d, "text_projection"),
@@ -59,13 +60,3 @@ class Combiner(nn.Module):
     gate = hidden(both, _HIDDEN * d, "gate_hidden")
     gate = nn.sigmoid(linear.torch_dense(_HIDDEN * d, 1, self.dtype, name="gate")(gate))
     return mixed + gate * text + (1 - gate) * image
-
-  def _drop(self, x: jax.Array) -> jax.Array:
-    """Dropout, drawn for the rows of all devices."""
-    shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
-    keep = 1.0 - self.dropout
-    kept = jax.random.bernoulli(self.make_rng("dropout"), keep, (shards * x.shape[0], *x.shape[1:]))
-    if shards > 1:
-      first = jax.lax.axis_index(self.axis_name) * x.shape[0]
-      kept = jax.lax.dynamic_slice_in_dim(kept, first, x.shape[0])
-    return jnp.where(kept, x / keep, 0.0)

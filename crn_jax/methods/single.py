@@ -1,0 +1,155 @@
+"""Methods of one branch: a composition of `models/composition/`, and a loss on its vectors.
+
+TIRG, VAL and their kin differ in `model.composition`; backbone, text encoder, losses and optimizer
+are fields of the configuration, so that methods can be compared on equal terms.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from crn_jax.errors import UserError
+from crn_jax.methods import losses
+from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
+from crn_jax.models.composition.registry import COMPOSITIONS
+from crn_jax.models.single import Single
+
+_PART = "single"
+
+
+@dataclasses.dataclass(frozen=True)
+class SingleBranch(Method):
+  """A backbone, a text encoder and the composition that `model.composition` names."""
+
+  parts: ClassVar[tuple[str, ...]] = (_PART,)
+
+  def __post_init__(self):
+    name = self.config.model.composition
+    if name not in COMPOSITIONS:
+      raise UserError(f"model.composition: expected one of {', '.join(COMPOSITIONS)}, not {name!r}")
+    wanted, backbone = COMPOSITIONS[name].backbones, self.config.model.backbone.name
+    if wanted and backbone not in wanted:
+      raise UserError(
+        f"model.composition = {name!r} works with the backbones {', '.join(wanted)}, not with "
+        f"{backbone}: name one of them after the configuration's colon"
+      )
+
+  @property
+  def model(self) -> Single:
+    """The module."""
+    config = ml_collections.FrozenConfigDict(self.config.model)
+    return Single(config, self.vocab_size, self.axis_name)
+
+  @property
+  def normalised(self) -> bool:
+    """See `Composition`."""
+    return COMPOSITIONS[self.config.model.composition].normalised
+
+  @property
+  def vector_dim(self) -> int:
+    variables = jax.eval_shape(self.init, jax.random.key(0))
+    pictures = jax.ShapeDtypeStruct(self._picture.shape, jnp.float32)
+    _, vectors = jax.eval_shape(self._one_device.encode_images, variables, pictures)
+    return vectors.shape[-1]
+
+  @property
+  def _one_device(self) -> "SingleBranch":
+    return dataclasses.replace(self, axis_name=None)
+
+  @property
+  def _picture(self) -> jax.Array:
+    """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1."""
+    side = self.config.data.image_size
+    return jnp.zeros((1, side, side, 3))
+
+  def init(self, key: jax.Array) -> Variables:
+    tokens = jnp.zeros((1, self.config.data.max_words), jnp.int32)
+    model = self.model.clone(axis_name=None)
+    variables = model.init(key, self._picture, self._picture, tokens, tokens == 0, train=False)
+    return {c: {_PART: variables.get(c, {})} for c in ("params", "batch_stats")}
+
+  def unused_parameters(self) -> frozenset[str]:
+    # `vector_scale` is the classification's.
+    return frozenset() if self.config.loss.classification else frozenset({"vector_scale"})
+
+  def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    """See `Method.update`. Terms are sums over the levels; gradient norms are before clipping."""
+    # A function of seed and step alone, so that a resumed run draws what it would have drawn.
+    key = jax.random.fold_in(jax.random.key(self.config.seed), state.step)
+    drop_path, dropout = jax.random.split(key)
+
+    def loss(params):
+      (queries, targets, length), moved = self.model.apply(
+        {"params": params, "batch_stats": state.batch_stats[_PART]},
+        batch["reference"], batch["target"], batch["tokens"], batch["token_mask"],
+        train=True, rngs={"drop_path": drop_path, "dropout": dropout}, mutable=["batch_stats"],
+      )  # fmt: skip
+      terms = self._terms(queries, targets, length)
+      total = sum(self.config.loss[name] * value for name, value in terms.items())
+      return total, (terms, moved.get("batch_stats", {}))
+
+    (total, (terms, moved)), grads = jax.value_and_grad(loss, has_aux=True)(state.params[_PART])
+    terms = terms | {"total": total}
+    if self.axis_name:  # Every device has its share, see `losses`.
+      terms, grads = jax.lax.psum((terms, grads), self.axis_name)
+    updates, opt_state = tx.update(grads, state.opt_state[_PART], state.params[_PART])
+    params = {_PART: optax.apply_updates(state.params[_PART], updates)}
+    metrics = {f"{_PART}/{name}": value for name, value in terms.items()}
+    metrics[f"{_PART}/grad_norm"] = optax.tree.norm(grads)
+    metrics[f"{_PART}/vector_scale"] = state.params[_PART]["vector_scale"][0]
+    average = self.averaged(state, params)
+    state = TrainState(state.step + 1, params, {_PART: moved}, {_PART: opt_state}, average)
+    return state, metrics
+
+  def _terms(self, queries, targets, length) -> dict[str, jax.Array]:
+    """This device's shares of the losses with a weight, by name; no term is computed for naught."""
+    layout = losses.Batch(self.axis_name)
+    known = {
+      "classification": lambda q, t: losses.classification(
+        q, t, jnp.square(length), layout, cosine=self.normalised
+      ),
+    }
+    levels = list(zip(queries, targets, strict=True))
+    return {
+      name: sum(term(q, t) for q, t in levels)
+      for name, term in known.items()
+      if self.config.loss[name]
+    }
+
+  def constants(self, variables: Variables) -> Any:
+    """What `compose` needs of the zero image, with which texts are composed alone."""
+    return self._apply(variables, Single.encode_images, self._picture, train=False)[0]
+
+  def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
+    reference, vectors = self._apply(variables, Single.encode_images, pictures, train=False)
+    return reference, join(vectors)
+
+  def compose(
+    self, variables: Variables, constants: Any, references: Any, tokens: jax.Array, mask: jax.Array
+  ) -> QueryVectors:
+    zero = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(tokens), *x.shape[1:])), constants)
+    composed, text_only = (
+      join(self._apply(variables, Single.compose, images, tokens, mask, train=False))
+      for images in (references, zero)
+    )
+    return QueryVectors(composed, text_only, attention={})
+
+  def _apply(self, variables: Variables, method, *args, **kwargs):
+    own = {collection: tree[_PART] for collection, tree in variables.items()}
+    return self.model.apply(own, *args, **kwargs, method=method)
+
+
+def join(vectors: tuple[jax.Array, ...]) -> jax.Array:
+  """Vectors of all levels as one of unit length, in which every level weighs the same.
+
+  Args:
+    vectors: one [n, d_k] a level.
+
+  Returns:
+    [n, sum of d_k] float32.
+  """
+  return losses.normalize(jnp.concatenate([losses.normalize(v) for v in vectors], axis=-1))

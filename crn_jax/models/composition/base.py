@@ -1,0 +1,96 @@
+"""What every composition offers that `models/single.py` trains: image and text -> query vector."""
+
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from crn_jax.models import linear
+from crn_jax.models.backbones.feature_maps import FeatureMaps
+from crn_jax.models.layers import dropout
+
+
+class Composition(nn.Module):
+  """How a method makes vectors of images, and of a reference image and a text.
+
+  Attributes:
+    config: the `model` part of the configuration.
+    backbone: of the images, shared. A composition that conditions it on the text calls it again;
+      the others see its maps only.
+    axis_name: mapped axis over which the batch is split, if any.
+    dtype: of the computation; parameters are float32.
+    normalised: whether queries are compared by their cosine; otherwise by the dot product of the
+      query as it is with the target's unit vector.
+    backbones: names of the backbones that it works with; empty: all.
+  """
+
+  config: ml_collections.FrozenConfigDict
+  backbone: nn.Module
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+  normalised: ClassVar[bool] = True
+  backbones: ClassVar[tuple[str, ...]] = ()
+
+  def image(self, features: FeatureMaps, *, train: bool) -> tuple[Any, tuple[jax.Array, ...]]:
+    """Encodes images.
+
+    Args:
+      features: of the backbone.
+      train: batch statistics, dropout.
+
+    Returns:
+      What `compose` needs of a reference image, a tree of arrays [batch, ...]; the vectors by which
+      it is found, one a level: [batch, d_k], not normalised.
+    """
+    raise NotImplementedError
+
+  def compose(
+    self, reference: Any, words: jax.Array, mask: jax.Array, *, train: bool
+  ) -> tuple[jax.Array, ...]:
+    """Composes queries.
+
+    Args:
+      reference: as from `image`, a row a query.
+      words: [batch, words, feature_dim] of the text encoder.
+      mask: [batch, words] bool, False at padding.
+      train: batch statistics (which then move the running ones), dropout.
+
+    Returns:
+      Query vectors, one a level, as wide as the images' of that level.
+    """
+    raise NotImplementedError
+
+
+class ImageVector(nn.Module):
+  """Mean over the positions [batch, h, w, c], then a linear layer: -> [batch, features]."""
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, image_map: jax.Array) -> jax.Array:
+    pooled = jnp.mean(image_map, (1, 2))
+    return linear.torch_dense(pooled.shape[-1], self.features, self.dtype, name="fc")(pooled)
+
+
+class TextVector(nn.Module):
+  """The last word's feature, dropout 0.1, then a linear layer: -> [batch, features]."""
+
+  features: int
+  axis_name: str | None = None
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, words: jax.Array, mask: jax.Array, *, train: bool) -> jax.Array:
+    last = last_word(words, mask)
+    if train:
+      last = dropout(self, last, 0.1)
+    return linear.torch_dense(last.shape[-1], self.features, self.dtype, name="fc")(last)
+
+
+def last_word(words: jax.Array, mask: jax.Array) -> jax.Array:
+  """Feature of each text's last word: [batch, words, d], mask [batch, words] -> [batch, d]."""
+  last = jnp.maximum(jnp.sum(mask, axis=1) - 1, 0)
+  return jnp.take_along_axis(words, last[:, None, None], axis=1)[:, 0]

@@ -1,0 +1,13 @@
+"""Compositions by name, for `models/single.py`."""
+
+from crn_jax.models.composition import concat, film, image_only, text_only, tirg
+from crn_jax.models.composition.base import Composition
+
+COMPOSITIONS: dict[str, type[Composition]] = {
+  "image_only": image_only.ImageOnly,
+  "text_only": text_only.TextOnly,
+  "concat": concat.Concat,
+  "film": film.FiLM,
+  "tirg": tirg.TIRG,
+  "tirg_map": tirg.TIRGMap,
+}
