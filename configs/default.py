@@ -122,7 +122,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     'modification': 1.0,
     'auxiliary': 1.0,
     'triplet': 0.0,  # Of 'single': hinge against semi-hard negatives of the batch, both ways.
-    'triplet_margin': 0.2,  # By which a target's cosine is to be above a negative's.
+    'triplet_margin': 0.2,  # In squared distances of unit vectors, i.e. twice that of cosines.
   })  # fmt: skip
 
   config.optimizer = optimizer = ml_collections.ConfigDict()

@@ -129,6 +129,14 @@ def _of_tirg(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def _of_val(config: ml_collections.ConfigDict) -> None:
+  """Chen, Gong, Bazzani, CVPR 2020: the run scripts of their code, those without GloVe."""
+  config.batch_size = 32
+  config.model.update(feature_dim=1024, word_dim=512)
+  config.loss.update(classification=0.0, triplet=1.0, triplet_margin=0.2)
+  config.optimizer.update(learning_rate=2e-4, weight_decay=4e-5, ema_decay=0.9999)
+
+
 def _on_towers(method: str) -> Callable[[ml_collections.ConfigDict], None]:
   """A method on a pair of towers, trained on features; sizes are the towers' own."""
 
@@ -176,6 +184,7 @@ PRESETS: dict[str, Preset] = {
   "film": Preset("resnet50", _of_tirg, _single("film")),
   "tirg": Preset("resnet50", _of_tirg, _single("tirg")),
   "tirg_map": Preset("resnet50", _of_tirg, _single("tirg_map")),
+  "val": Preset("resnet50", _of_val, _single("val")),
   "clip4cir": Preset(None, _clip4cir, _on_towers("clip4cir")),
   "bank": Preset(None, _bank, _on_towers("bank")),
 }

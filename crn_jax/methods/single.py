@@ -112,6 +112,7 @@ class SingleBranch(Method):
       "classification": lambda q, t: losses.classification(
         q, t, jnp.square(length), layout, cosine=self.normalised
       ),
+      "triplet": lambda q, t: losses.triplet(q, t, self.config.loss.triplet_margin, layout),
     }
     levels = list(zip(queries, targets, strict=True))
     return {
