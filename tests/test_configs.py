@@ -170,7 +170,8 @@ def test_clvc_net_has_its_published_settings():
 def test_val_has_the_settings_of_its_authors_scripts_and_on_equal_terms_the_others():
   config, equal = default.get_config("val"), default.get_config("val,equal")
   assert (config.model.feature_dim, config.model.word_dim, config.batch_size) == (1024, 512, 32)
-  assert (config.loss.classification, config.loss.triplet, config.loss.triplet_margin) == (0, 1, 0.2)
+  loss = config.loss
+  assert (loss.classification, loss.triplet, loss.triplet_margin) == (0, 1, 0.2)
   optimizer = config.optimizer
   assert (optimizer.algorithm, optimizer.learning_rate) == ("adam", 2e-4)
   assert (optimizer.weight_decay, optimizer.ema_decay) == (4e-5, 0.9999)
