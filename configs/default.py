@@ -64,9 +64,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   config.model = model = ml_collections.ConfigDict()
   model.backbone = backbone = ml_collections.ConfigDict()
-  backbone.name = (
-    chosen.backbone
-  )  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet50'.
+  # 'swin_tiny', 'swin_small', 'swin_base', 'swin_large', 'resnet18' or 'resnet50'.
+  backbone.name = chosen.backbone
   # Sizes, for small models; None is what the name stands for.
   backbone.depths = config_dict.placeholder(tuple)  # Blocks a stage.
   backbone.embed_dim = config_dict.placeholder(int)  # Swin only, as the next four.
@@ -122,7 +121,6 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
     'modification': 1.0,
     'auxiliary': 1.0,
     'triplet': 0.0,  # Of 'single': hinge against semi-hard negatives of the batch, both ways.
-    'triplet_margin': 0.2,  # In squared distances of unit vectors, i.e. twice that of cosines.
   })  # fmt: skip
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
@@ -148,6 +146,9 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # published). Early on the decay is smaller, (1 + step) / (10 + step), to forget the start.
   optimizer.ema_decay = 0.0
 
+  # By which 'triplet' wants a target to be nearer than a negative, in squared distances of unit
+  # vectors: half of it in cosines.
+  config.single = ml_collections.ConfigDict({"margin": 0.2})
   config.clip4cir = ml_collections.ConfigDict({"dropout": 0.5})  # Of the combiner's hidden layers.
   config.bank = ml_collections.ConfigDict({"temperature": 0.02})  # Divides the cosines.
 

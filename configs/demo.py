@@ -35,7 +35,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
 
   model = config.model
   model.pretrained = ""
-  if model.backbone.name == "resnet50":
+  if model.backbone.name.startswith("resnet"):
     model.backbone.update(depths=(1, 1, 1), width=16)
   else:
     model.backbone.update(

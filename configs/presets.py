@@ -133,7 +133,8 @@ def _of_val(config: ml_collections.ConfigDict) -> None:
   """Chen, Gong, Bazzani, CVPR 2020: the run scripts of their code, those without GloVe."""
   config.batch_size = 32
   config.model.update(feature_dim=1024, word_dim=512)
-  config.loss.update(classification=0.0, triplet=1.0, triplet_margin=0.2)
+  config.loss.update(classification=0.0, triplet=1.0)
+  config.single.margin = 0.2
   config.optimizer.update(learning_rate=2e-4, weight_decay=4e-5, ema_decay=0.9999)
 
 
@@ -178,12 +179,12 @@ PRESETS: dict[str, Preset] = {
   "crn": Preset("swin_large"),
   "crn_released": Preset("swin_large", method=_crn_released),
   "clvc_net": Preset("resnet50", _of_clvc_net, _clvc_net),
-  "image_only": Preset("resnet50", _of_tirg, _single("image_only")),
-  "text_only": Preset("resnet50", _of_tirg, _single("text_only")),
-  "concat": Preset("resnet50", _of_tirg, _single("concat")),
-  "film": Preset("resnet50", _of_tirg, _single("film")),
-  "tirg": Preset("resnet50", _of_tirg, _single("tirg")),
-  "tirg_map": Preset("resnet50", _of_tirg, _single("tirg_map")),
+  "image_only": Preset("resnet18", _of_tirg, _single("image_only")),
+  "text_only": Preset("resnet18", _of_tirg, _single("text_only")),
+  "concat": Preset("resnet18", _of_tirg, _single("concat")),
+  "film": Preset("resnet18", _of_tirg, _single("film")),
+  "tirg": Preset("resnet18", _of_tirg, _single("tirg")),
+  "tirg_map": Preset("resnet18", _of_tirg, _single("tirg_map")),
   "val": Preset("resnet50", _of_val, _single("val")),
   "clip4cir": Preset(None, _clip4cir, _on_towers("clip4cir")),
   "bank": Preset(None, _bank, _on_towers("bank")),

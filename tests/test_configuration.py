@@ -96,6 +96,8 @@ WRONG = {
   "model.map_dim": [0],
   "model.feature_dim": [0],
   "model.word_dim": [0],
+  "model.composition": ["sum"],
+  "model.text_encoder": ["gpt"],
   "model.aggregation": ["unused"],
   "model.attention_temperature.local": [0.0, -1.0],
   "model.attention_temperature.global": [math.inf],
@@ -103,7 +105,8 @@ WRONG = {
   "loss.classification": [-1.0, math.nan],
   "loss.perceptual": [-0.1],
   "optimizer.learning_rate": [-1e-3, 0.0, math.nan, math.inf],
-  "optimizer.algorithm": ["sgd"],
+  "optimizer.algorithm": ["lion"],
+  "optimizer.momentum": [1.0],
   "optimizer.weight_decay": [-1e-6],
   "optimizer.betas": [(0.9,), (0.9, 1.0), 0.9],
   "optimizer.epsilon": [0.0],
@@ -157,10 +160,32 @@ def test_a_value_out_of_range_is_refused_with_what_was_expected(name, value):
       dict.fromkeys([f"loss.{t}" for t in default.get_config().loss if t != "perceptual"], 0.0),
       "loss.classification = 0.0, .*: expected one of them above 0",
     ),
+    ({"model.composition": "tirg"}, "model.composition = 'tirg': expected None, as the method is"),
+    ({"loss.triplet": 1.0}, "loss.triplet = 1.0: expected 0, as the method is 'crn'"),
   ],
 )
 def test_fields_that_do_not_agree_are_refused(fields, expected):
   (line,) = complaints(changed(fields))
+  assert re.search(expected, line), line
+
+
+@pytest.mark.parametrize(
+  ("names", "fields", "expected"),
+  [
+    ("tirg", {"loss.auxiliary": 0.5}, "loss.auxiliary = 0.5: expected 0, as it is a loss of CRN"),
+    ("tirg", {"loss.classification": 0.0}, "expected one of them above 0"),
+    ("tirg", {"model.composition": None}, "model.composition = None: expected one of 'imag"),
+    (
+      "film,swin_tiny",
+      {},
+      "'film', model.backbone.name = 'swin_tiny': expected one of .*resnet",
+    ),
+  ],
+)
+def test_fields_of_a_single_branch_that_do_not_agree_are_refused(names, fields, expected):
+  config = default.get_config(names)
+  config.update_from_flattened_dict(fields)
+  (line,) = complaints(config)
   assert re.search(expected, line), line
 
 

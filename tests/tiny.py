@@ -25,7 +25,10 @@ def config(root: pathlib.Path, preset: str = "crn"):
   c.data.max_words = 20
   c.data.image_size = c.data.resize = 32
   c.model.pretrained = ""
-  c.model.backbone.update(embed_dim=16, depths=(1, 1), num_heads=(1, 2), patch_size=8)
+  if c.model.backbone.name.startswith("resnet"):
+    c.model.backbone.update(depths=(1, 1), width=8)
+  else:
+    c.model.backbone.update(embed_dim=16, depths=(1, 1), num_heads=(1, 2), patch_size=8)
   c.model.map_dim = c.model.feature_dim = 32
   c.model.word_dim = 16
   c.optimizer.learning_rate = 1e-3

@@ -5,10 +5,11 @@ import jax
 import numpy as np
 
 from configs import default
-from crn_jax.methods.base import TrainState
-from crn_jax.methods.crn import CRN
+from crn_jax.methods import registry
+from crn_jax.methods.base import Method, TrainState
 
 VOCAB_SIZE = 20
+_STARTS = {"p": 3.0, "logit_scale": 10.0, "vector_scale": 4.0}
 
 
 def config(names: str = "crn", **backbone):
@@ -17,7 +18,7 @@ def config(names: str = "crn", **backbone):
   c.data.image_size = 32
   c.data.max_words = 8
   c.model.remat = "none"  # Less to compile.
-  if c.model.backbone.name == "resnet50":
+  if c.model.backbone.name.startswith("resnet"):
     c.model.backbone.update(depths=(1, 1), width=8)  # Maps of 32 and 64 channels.
   else:
     c.model.backbone.update(
@@ -45,8 +46,8 @@ def batch(c, size: int, seed: int = 0) -> dict:
   }
 
 
-def model(c, axis_name: str | None = None) -> CRN:
-  return CRN(c, VOCAB_SIZE, axis_name)
+def model(c, axis_name: str | None = None) -> Method:
+  return registry.create(c, VOCAB_SIZE, axis_name)
 
 
 def _init(c):
@@ -66,8 +67,8 @@ def variables(c, seed: int = 0) -> dict:
     name, noise = path[-1].key, rng.normal(size=leaf.shape).astype(np.float32)
     if name in ("kernel", "hidden_kernel"):
       return noise / np.sqrt(np.prod(leaf.shape[:-1]))
-    if name in ("p", "logit_scale"):
-      return np.full(leaf.shape, {"p": 3.0, "logit_scale": 10.0}[name], np.float32)
+    if name in _STARTS:
+      return np.full(leaf.shape, _STARTS[name], np.float32)
     if name == "embedding":
       return noise
     if name == "var":

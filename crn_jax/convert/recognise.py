@@ -89,8 +89,8 @@ KINDS = (
     timm.load,
   ),
   Kind(
-    "ResNet with bottlenecks, names of torchvision",
-    (r"layer1\.0\.conv3\.weight", r"layer1\.0\.downsample\.0\.weight"),
+    "ResNet, names of torchvision",
+    (r"layer1\.0\.conv2\.weight", r"layer2\.0\.downsample\.0\.weight", r"bn1\.running_mean"),
     torchvision.LEFT_OUT,
     dict,
     "ResNet",
@@ -128,7 +128,6 @@ _UNSUPPORTED = (
     ),
   ),
   ("a Vision Transformer (ViT)", (r"(.*\.)?cls_token", r".*patch_embed.*|.*embeddings.*")),
-  ("a ResNet without bottlenecks", (r"(.*\.)?layer1\.0\.conv1\.weight",)),
 )
 _CLASSIFIER = re.compile(r"(.*\.)?(head|classifier|fc)\..*")
 

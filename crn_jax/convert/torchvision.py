@@ -101,7 +101,12 @@ def resnet_arguments(state_dict: Mapping[str, np.ndarray]) -> dict:
   if absent := sorted(set(range(1, max(stages, default=1) + 1)) - stages):
     raise KeyError(f"layer{absent[0]}")
   depths = tuple(max(int(m[2]) for m in found if int(m[1]) == i) + 1 for i in sorted(stages))
-  return {"width": state_dict["conv1.weight"].shape[0], "depths": depths}
+  is_bottleneck = "layer1.0.conv3.weight" in state_dict
+  return {
+    "width": state_dict["conv1.weight"].shape[0],
+    "depths": depths,
+    "expansion": resnet.BOTTLENECK if is_bottleneck else resnet.BASIC,
+  }
 
 
 def to_torchvision(variables: Mapping) -> dict[str, np.ndarray]:

@@ -103,13 +103,14 @@ def convert(
   with config.unlocked():
     module = registry.create(config.model.backbone)
     found = "ResNet" if "width" in sizes["local"]["backbone"] else "SwinTransformer"
-    if type(module).__name__ != found:
+    sized = sizes["local"]["backbone"]
+    expansion = sized.pop("expansion", None)  # Goes with the backbone's name.
+    if type(module).__name__ != found or getattr(module, "expansion", None) != expansion:
       raise UserError(
         f"{paths[0]}: its backbone is a {found}, that of the configuration is "
         f"{config.model.backbone.name}; name another one after the configuration's colon"
       )
-    sized = sizes["local"]["backbone"].items()
-    config.model.backbone.update({k: v for k, v in sized if getattr(module, k) != v})
+    config.model.backbone.update({k: v for k, v in sized.items() if getattr(module, k) != v})
     config.model.update({k: v for k, v in sizes["local"].items() if k not in ("backbone", "rows")})
   after = run.flat(run.as_json(config.model))
   changed = {f"model.{key}": value for key, value in after.items() if before.get(key) != value}

@@ -15,6 +15,7 @@ import optax
 from crn_jax.errors import UserError
 from crn_jax.methods import losses
 from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
+from crn_jax.models.composition.base import Composition
 from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.single import Single
 
@@ -31,7 +32,7 @@ class SingleBranch(Method):
     name = self.config.model.composition
     if name not in COMPOSITIONS:
       raise UserError(f"model.composition: expected one of {', '.join(COMPOSITIONS)}, not {name!r}")
-    wanted, backbone = COMPOSITIONS[name].backbones, self.config.model.backbone.name
+    wanted, backbone = self.composition.backbones, self.config.model.backbone.name
     if wanted and backbone not in wanted:
       raise UserError(
         f"model.composition = {name!r} works with the backbones {', '.join(wanted)}, not with "
@@ -45,9 +46,9 @@ class SingleBranch(Method):
     return Single(config, self.vocab_size, self.axis_name)
 
   @property
-  def normalised(self) -> bool:
-    """See `Composition`."""
-    return COMPOSITIONS[self.config.model.composition].normalised
+  def composition(self) -> type[Composition]:
+    """Its class."""
+    return COMPOSITIONS[self.config.model.composition]
 
   @property
   def vector_dim(self) -> int:
@@ -73,8 +74,11 @@ class SingleBranch(Method):
     return {c: {_PART: variables.get(c, {})} for c in ("params", "batch_stats")}
 
   def unused_parameters(self) -> frozenset[str]:
-    # `vector_scale` is the classification's.
-    return frozenset() if self.config.loss.classification else frozenset({"vector_scale"})
+    used = {
+      "text": self.composition.uses_text,
+      "vector_scale": bool(self.config.loss.classification),
+    }
+    return frozenset(name for name, is_used in used.items() if not is_used)
 
   def update(self, tx, state: TrainState, batch) -> tuple[TrainState, dict[str, jax.Array]]:
     """See `Method.update`. Terms are sums over the levels; gradient norms are before clipping."""
@@ -110,9 +114,9 @@ class SingleBranch(Method):
     layout = losses.Batch(self.axis_name)
     known = {
       "classification": lambda q, t: losses.classification(
-        q, t, jnp.square(length), layout, cosine=self.normalised
+        q, t, jnp.square(length), layout, cosine=self.composition.normalised
       ),
-      "triplet": lambda q, t: losses.triplet(q, t, self.config.loss.triplet_margin, layout),
+      "triplet": lambda q, t: losses.triplet(q, t, self.config.single.margin, layout),
     }
     levels = list(zip(queries, targets, strict=True))
     return {

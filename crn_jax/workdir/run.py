@@ -45,7 +45,7 @@ _ADDED = {
   "model.composition": None,
   "model.text_encoder": "lstm",
   "loss.triplet": 0.0,
-  "loss.triplet_margin": 0.2,
+  "single.margin": 0.2,
   "optimizer.algorithm": "adam",
   "optimizer.momentum": 0.9,
   "optimizer.betas": [0.9, 0.999],

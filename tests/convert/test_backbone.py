@@ -269,4 +269,5 @@ def test_torchvision_resnet(tmp_path):
   said = assert_converts(tmp_path / "resnet50.pth", tmp_path, variables)
   assert "left out (classifier): fc.bias" in said
   architecture = weights.read_metadata(tmp_path / "out")["architecture"]
-  assert architecture == {"module": "ResNet", "width": 8, "depths": [3, 4, 6, 3]}
+  assert architecture == {"module": "ResNet", "width": 8, "depths": [3, 4, 6, 3],
+                          "expansion": 4}  # fmt: skip

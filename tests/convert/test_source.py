@@ -140,7 +140,6 @@ def test_swin_v2_is_named(tmp_path):
   [
     (lambda: timm.create_model("vit_tiny_patch16_224"), r"a Vision Transformer \(ViT\)"),
     (lambda: timm.create_model("convnext_atto"), "no model that is known here"),
-    (lambda: torchvision.models.resnet18(), "a ResNet without bottlenecks"),
   ],
 )
 def test_other_models_of_the_libraries_are_named(make, looks_like):

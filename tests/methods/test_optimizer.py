@@ -187,8 +187,21 @@ def test_decoupled_decay_is_pytorchs_adamw():
     np.testing.assert_allclose(trained_leaf, parameter.detach().numpy(), rtol=1e-6)
 
 
+def test_sgd_is_that_of_pytorch():
+  config = default.get_config()
+  config.optimizer.update(algorithm="sgd", momentum=0.8, learning_rate=0.01, weight_decay=0.1)
+  trained = train(config, steps=3)
+  for trained_leaf, leaf, grad in zip(*map(jax.tree.leaves, (trained, PARAMS, GRADS)), strict=True):
+    parameter = torch.tensor(np.array(leaf), dtype=torch.float64, requires_grad=True)
+    sgd = torch.optim.SGD([parameter], lr=0.01, weight_decay=0.1, momentum=0.8)
+    for _ in range(3):
+      parameter.grad = torch.tensor(np.array(grad), dtype=torch.float64)
+      sgd.step()
+    np.testing.assert_allclose(trained_leaf, parameter.detach().numpy(), rtol=1e-6)
+
+
 def test_an_unknown_algorithm_is_refused_by_name():
   config = default.get_config()
-  config.optimizer.algorithm = "sgd"
-  with pytest.raises(ValueError, match="adam.*adamw.*'sgd'"):
+  config.optimizer.algorithm = "lion"
+  with pytest.raises(ValueError, match="adam.*adamw.*sgd.*'lion'"):
     train(config, steps=1)

@@ -1,7 +1,8 @@
-"""ResNet with bottleneck blocks (He et al., CVPR 2016) as torchvision computes it, NHWC.
+"""ResNet (He et al., CVPR 2016) as torchvision computes it, NHWC.
 
-Equal to torchvision's `resnet50` without its classifier: the stride of a block is in its 3 x 3
-convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's. Sizes are free.
+Equal to torchvision's `resnet18` and `resnet50` without their classifiers: the stride of a
+bottleneck is in its 3 x 3 convolution ("v1.5"), paddings are symmetric, BatchNorm is PyTorch's.
+Sizes are free.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +19,14 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.layers import BatchNorm
 
-EXPANSION = 4  # Output of a block in widths of its 3 x 3 convolution.
+# Output of a block in widths of its 3 x 3 convolutions, by which kinds of blocks are told apart.
+BASIC, BOTTLENECK = 1, 4
 
 # name -> arguments of `ResNet`, as in torchvision.
-VARIANTS = {"resnet50": {"width": 64, "depths": (3, 4, 6, 3)}}
+VARIANTS = {
+  "resnet18": {"width": 64, "depths": (2, 2, 2, 2), "expansion": BASIC},
+  "resnet50": {"width": 64, "depths": (3, 4, 6, 3), "expansion": BOTTLENECK},
+}
 
 # He's initial values: normal with variance 2 / (outputs * kernel size), as torchvision.
 _he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
@@ -43,16 +48,21 @@ def conv(features: int, side: int, stride: int, dtype, name: str):
   )  # fmt: skip
 
 
-class Bottleneck(nn.Module):
-  """Residual block: 1 x 1 to `width`, 3 x 3 with the stride, 1 x 1 to four times the width.
+class Block(nn.Module):
+  """Residual block.
+
+  Bottleneck: 1 x 1 to `width`, 3 x 3 with the stride, 1 x 1 to four times the width. Basic: 3 x 3
+  with the stride, 3 x 3.
 
   Attributes:
-    width: channels of the 3 x 3 convolution.
-    stride: of the 3 x 3 convolution and of the shortcut.
+    width: channels of the 3 x 3 convolutions.
+    expansion: `BASIC` or `BOTTLENECK`.
+    stride: of the first 3 x 3 convolution and of the shortcut.
     project: whether the shortcut is a 1 x 1 convolution rather than the identity.
   """
 
   width: int
+  expansion: int
   stride: int
   project: bool
   dtype: jnp.dtype = jnp.float32
@@ -60,18 +70,23 @@ class Bottleneck(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    """[batch, h, w, channels] -> [batch, ceil(h / stride), ceil(w / stride), 4 * width]."""
+    """[batch, h, w, channels] -> [batch, ceil(h / stride), ceil(w / stride), outputs]."""
 
     def unit(x, name, features, side, stride=1):
       x = checkpoint_name(conv(features, side, stride, self.dtype, f"conv{name}")(x), KEPT)
       bn = BatchNorm(self.axis_name, self.dtype, name=f"bn{name}")
       return bn(x, None, train=train, update_stats=train)
 
-    y = nn.relu(unit(x, "1", self.width, 1))
-    y = nn.relu(unit(y, "2", self.width, 3, self.stride))
-    y = unit(y, "3", EXPANSION * self.width, 1)
+    outputs = self.expansion * self.width
+    if self.expansion == BASIC:
+      y = nn.relu(unit(x, "1", self.width, 3, self.stride))
+      y = unit(y, "2", outputs, 3)
+    else:
+      y = nn.relu(unit(x, "1", self.width, 1))
+      y = nn.relu(unit(y, "2", self.width, 3, self.stride))
+      y = unit(y, "3", outputs, 1)
     if self.project:
-      x = unit(x, "_shortcut", EXPANSION * self.width, 1, self.stride)
+      x = unit(x, "_shortcut", outputs, 1, self.stride)
     return nn.relu(x + y)
 
 
@@ -79,8 +94,9 @@ class ResNet(nn.Module):
   """The backbone.
 
   Attributes:
-    width: channels after the stem; a stage's blocks give 4, 8, 16, ... times as many.
+    width: channels after the stem; a stage's blocks give `expansion` times 1, 2, 4, ... as many.
     depths: blocks a stage.
+    expansion: `BASIC` or `BOTTLENECK`: the kind of the blocks.
     remat: what blocks keep for their gradient, see `remat`.
     dtype: of the computation; parameters and statistics are float32.
     axis_name: mapped axis over which the batch is split, if any; BatchNorm counts all of it.
@@ -89,6 +105,7 @@ class ResNet(nn.Module):
 
   width: int = 64
   depths: Sequence[int] = (3, 4, 6, 3)
+  expansion: int = BOTTLENECK
   remat: str = "none"
   dtype: jnp.dtype = jnp.float32
   axis_name: str | None = None
@@ -97,7 +114,11 @@ class ResNet(nn.Module):
   @property
   def map_dim(self) -> int:
     """Width of the last map."""
-    return EXPANSION * self.width * 2 ** (len(self.depths) - 1)
+    return self.stage_dim(len(self.depths) - 1)
+
+  def stage_dim(self, stage: int) -> int:
+    """Width of what the blocks of a stage give."""
+    return self.expansion * self.width * 2**stage
 
   @nn.compact
   def __call__(
@@ -128,13 +149,15 @@ class ResNet(nn.Module):
       bn = BatchNorm(self.axis_name, self.dtype, name="bn1")
       x = nn.relu(bn(x, None, train=train, update_stats=train))
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
-    block = rematerialised(Bottleneck, self.remat, static_argnums=(2,))
+    block = rematerialised(Block, self.remat, static_argnums=(2,))
     stages = []
     for i, depth in list(enumerate(self.depths))[first_stage:]:
       for j in range(depth):
         name = stacking.block_name(i, j)
         x = block(
-          self.width * 2**i, 2 if i > 0 and j == 0 else 1, j == 0, self.dtype, self.axis_name,
+          self.width * 2**i, self.expansion, 2 if i > 0 and j == 0 else 1,
+          # A basic block of the first stage changes neither grid nor width.
+          j == 0 and (i > 0 or self.expansion != BASIC), self.dtype, self.axis_name,
           name=name,
         )(x, train)  # fmt: skip
         x = modulate(name, x)

@@ -24,6 +24,7 @@ class Composition(nn.Module):
     normalised: whether queries are compared by their cosine; otherwise by the dot product of the
       query as it is with the target's unit vector.
     backbones: names of the backbones that it works with; empty: all.
+    uses_text: whether the text has a part in it.
   """
 
   config: ml_collections.FrozenConfigDict
@@ -32,6 +33,7 @@ class Composition(nn.Module):
   dtype: jnp.dtype = jnp.float32
   normalised: ClassVar[bool] = True
   backbones: ClassVar[tuple[str, ...]] = ()
+  uses_text: ClassVar[bool] = True
 
   def image(self, features: FeatureMaps, *, train: bool) -> tuple[Any, tuple[jax.Array, ...]]:
     """Encodes images.

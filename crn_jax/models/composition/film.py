@@ -8,7 +8,7 @@ The target passes the backbone without it, as where Vo et al. (CVPR 2019) compar
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models.backbones.resnet import EXPANSION, VARIANTS
+from crn_jax.models.backbones.resnet import VARIANTS
 from crn_jax.models.composition.base import Composition, ImageVector, TextVector
 from crn_jax.models.linear import torch_dense
 
@@ -26,9 +26,9 @@ class FiLM(Composition):
     self.image_vector = ImageVector(d, self.dtype)
     self.text_vector = TextVector(d, self.axis_name, self.dtype)
     self.first = max(1, len(depths) - STAGES)
-    widths = [EXPANSION * self.backbone.width * 2**i for i in range(len(depths))]
-    modulated = list(zip(widths, depths, strict=True))[self.first :]
-    self.widths = [width for width, blocks in modulated for _ in range(blocks)]
+    self.widths = [
+      self.backbone.stage_dim(i) for i in range(self.first, len(depths)) for _ in range(depths[i])
+    ]
     # Of all blocks in one product: gammas, then betas.
     self.modulation = torch_dense(d, 2 * sum(self.widths), self.dtype)
 

@@ -6,6 +6,8 @@ from crn_jax.models.composition.base import Composition, ImageVector
 class ImageOnly(Composition):
   """f = i."""
 
+  uses_text = False
+
   def setup(self):
     self.image_vector = ImageVector(self.config.feature_dim, self.dtype)
 

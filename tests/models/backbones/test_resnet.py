@@ -24,14 +24,15 @@ import torchvision  # isort: skip
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
+BLOCKS = {"BasicBlock": resnet.BASIC, "Bottleneck": resnet.BOTTLENECK}
 STAGES = ("layer1", "layer2", "layer3", "layer4")
 
 
 @functools.cache
-def torch_model(depths) -> torch.nn.Module:
+def torch_model(depths, block: str = "Bottleneck") -> torch.nn.Module:
   """torchvision's model with made-up values; gentle enough that no stage explodes."""
   torch.manual_seed(0)
-  model = torchvision.models.ResNet(torchvision.models.resnet.Bottleneck, list(depths))
+  model = torchvision.models.ResNet(getattr(torchvision.models.resnet, block), list(depths))
   for name, value in model.state_dict().items():
     if name.endswith("running_mean"):
       value.normal_(0, 0.2)
@@ -53,12 +54,12 @@ def torch_features(model, pictures: np.ndarray) -> list[torch.Tensor]:
   return [x := getattr(model, stage)(x) for stage in STAGES]
 
 
-def jax_variables(depths, module=None, state=None) -> dict:
-  module = module or resnet.ResNet(depths=depths)
+def jax_variables(depths, module=None, state=None, block: str = "Bottleneck") -> dict:
+  module = module or resnet.ResNet(depths=depths, expansion=BLOCKS[block])
   like = jax.eval_shape(
     lambda: module.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)), train=False)
   )
-  state = state or torch_model(depths).state_dict()
+  state = state or torch_model(depths, block).state_dict()
   return names.load_resnet(like, {k: v.numpy() for k, v in state.items()}, "made up")
 
 
@@ -72,31 +73,37 @@ def nhwc(x: torch.Tensor) -> np.ndarray:
 
 
 RESNET50 = (3, 4, 6, 3)
+RESNET18 = (2, 2, 2, 2)
 # Gradients are compared in fewer layers and in float64, where no kink of a ReLU is crossed.
 SHALLOW = (1, 1, 1, 1)
 
 
 @pytest.mark.slow
-def test_every_stage_of_resnet50_is_that_of_torchvision():
-  module = resnet.ResNet(**resnet.VARIANTS["resnet50"])
-  variables = jax_variables(RESNET50, module)
+@pytest.mark.parametrize(
+  ("name", "depths", "block", "map_dim"),
+  [("resnet50", RESNET50, "Bottleneck", 2048), ("resnet18", RESNET18, "BasicBlock", 512)],
+)
+def test_every_stage_is_that_of_torchvision(name, depths, block, map_dim):
+  module = resnet.ResNet(**resnet.VARIANTS[name])
+  variables = jax_variables(depths, module, block=block)
   out = jax.jit(lambda v, x: module.apply(v, x, train=False))(variables, images())
   with torch.no_grad():
-    expected = torch_features(torch_model(RESNET50).eval(), images())
+    expected = torch_features(torch_model(depths, block).eval(), images())
   assert len(out.stages) == len(expected)
   for stage, value, wanted in zip(STAGES, out.stages, expected, strict=True):
     assert distance(value, nhwc(wanted)) < 1e-5, stage
   np.testing.assert_array_equal(out.map, out.stages[-1])
-  assert module.map_dim == out.map.shape[-1] == 2048
+  assert module.map_dim == out.map.shape[-1] == map_dim
 
 
 @pytest.mark.slow
-def test_training_of_resnet_is_that_of_torchvision():
+@pytest.mark.parametrize("block", BLOCKS)
+def test_training_of_resnet_is_that_of_torchvision(block):
   """Features of every stage, gradient of a loss, moved running statistics; 1e-9 in float64."""
-  model = torch_model(SHALLOW).double().train()
+  model = torch_model(SHALLOW, block).double().train()
   before = {k: v.clone() for k, v in model.state_dict().items()}
   pictures = images(side=64).astype(np.float64)
-  weight = np.random.default_rng(1).normal(size=(2048,))
+  weight = np.random.default_rng(1).normal(size=(512 * BLOCKS[block],))
   expected = torch_features(model, pictures)
   loss = (expected[-1].mean((2, 3)) @ torch.from_numpy(weight)).square().mean()
   loss.backward()
@@ -105,7 +112,7 @@ def test_training_of_resnet_is_that_of_torchvision():
   model.load_state_dict(before)
   model.float()
   with release.double_precision():
-    module = resnet.ResNet(depths=SHALLOW, dtype=jnp.float64)
+    module = resnet.ResNet(depths=SHALLOW, expansion=BLOCKS[block], dtype=jnp.float64)
     variables = jax.tree.map(
       lambda x: jnp.asarray(x, jnp.float64), jax_variables(SHALLOW, module, before)
     )
@@ -168,11 +175,17 @@ def test_any_size_is_an_image():
 
 
 class TestConversion:
-  def test_there_and_back(self):
+  @pytest.mark.parametrize(
+    ("name", "depths", "block"),
+    [("resnet50", RESNET50, "Bottleneck"), ("resnet18", RESNET18, "BasicBlock")],
+  )
+  def test_there_and_back(self, name, depths, block):
     """Every weight and running statistic, by torchvision's own strict loading."""
-    state = torch_model(RESNET50).state_dict()
-    back = names.to_torchvision(jax_variables(RESNET50))
-    other = torchvision.models.resnet50(weights=None)
+    state = torch_model(depths, block).state_dict()
+    arguments, variables = names.load({k: v.numpy() for k, v in state.items()}, "made up")
+    assert arguments == resnet.VARIANTS[name]
+    back = names.to_torchvision(variables)
+    other = getattr(torchvision.models, name)(weights=None)
     other.fc = torch.nn.Identity()
     other.load_state_dict({k: torch.from_numpy(np.array(v)) for k, v in back.items()})
     for name, value in other.state_dict().items():
