@@ -4,8 +4,9 @@ python benchmarks/method_table.py                                  # The synthet
 python benchmarks/method_table.py --root=PATH --workdir=runs/other  # Images in FashionIQ's layout.
 
 Every method is trained with the demo's small ResNet, LSTM, optimizer and budget, and evaluated
-after its last update. A run is one of `crn_jax.train` in a folder of its own; finished runs are only read
-again, so that the script can be stopped and continued, and compared with `main.py --mode=compare`.
+after its last update. A run is one of `crn_jax.train` in a folder of its own; finished runs are
+only read again, so that the script can be stopped and continued, and compared with
+`main.py --mode=compare`.
 """
 
 import json
