@@ -16,9 +16,9 @@ bias, and are each head's own; K is one kernel of h x w on one channel (zero pad
 parameters belong to one size of images. Both dropouts drop 0.1. A target's vectors are the means
 of its maps. Depths are compared by cosine, and summed (`losses.triplet`).
 
-The paper leaves out where normalisation and activations stand; its code (Apache-2.0,
-github.com/yanbeic/VAL) has them in every convolution, hence f, g, o, K as above; a gate of J lies
-between 1/4 and 1. Widths of the text (1024 -> 512) and its dropout are those of the code's run
+These are the formulas of the authors' code (Apache-2.0, github.com/yanbeic/VAL), whose convolutions
+have BatchNorm and ReLU without exception, so that J lies between 1/4 and 1; of the paper only the
+abstract was at hand. Widths of the text (1024 -> 512) and its dropout are those of the code's run
 scripts. Different here: padding has no part in the maximum over the words (in the code a zero
 stands for it), initial values are PyTorch's, and the backbone is a ResNet whose stages halve the
 map at their beginning, or a Swin.
