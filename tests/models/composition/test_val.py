@@ -1,5 +1,7 @@
 """VAL against its formulas in NumPy, and what reaches its parameters."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -14,6 +16,8 @@ from tests.release import double_precision
 
 BATCH, WORDS, WIDTH = 8, 4, 12
 CONFIG = ml_collections.FrozenConfigDict({"feature_dim": WIDTH})
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 # A depth that is left out, then even, odd and oblong maps.
 SHAPES = [(8, 8, 3), (4, 4, 6), (3, 3, 8), (2, 3, 10)]
 LENGTHS = np.array([4, 1, 2, 3, 4, 2, 3, 1])
@@ -24,13 +28,19 @@ def val(axis_name=None, dtype=jnp.float32):
   return VAL(config=CONFIG, backbone=None, axis_name=axis_name, dtype=dtype)
 
 
+def init(maps, words):
+  """Fresh variables."""
+  start = functools.partial(val().init, train=False, method="compose")
+  return jax.jit(start)(jax.random.key(0), maps, words, MASK)
+
+
 @pytest.fixture(scope="module")
 def given():
   """Variables away from their beginning (w_A is no longer 0), maps, words."""
   rng = np.random.default_rng(0)
   maps = tuple(rng.normal(size=(BATCH, *shape)).astype(np.float32) for shape in SHAPES)
   words = rng.normal(size=(BATCH, WORDS, WIDTH)).astype(np.float32)
-  fresh = val().init(jax.random.key(0), maps[1:], words, MASK, train=False, method="compose")
+  fresh = init(maps[1:], words)
 
   def move(path, x):
     if path[-1].key == "var":
@@ -158,7 +168,7 @@ def test_a_backbone_of_two_stages_has_two_depths(given):
   _, maps, words = given
   features = FeatureMaps(maps[-1], maps[-2:])
   reference, targets = val().apply({}, features, train=False, method="image")
-  variables = val().init(jax.random.key(0), reference, words, MASK, train=False, method="compose")
+  variables = init(reference, words)
   queries, _ = compose(variables, reference, words, False)
   assert [x.shape for x in queries] == [x.shape for x in targets] == [(BATCH, 8), (BATCH, 10)]
   assert set(variables["params"]) == {"text_fc", "text_bn", "transformers_1", "transformers_2"}
@@ -167,7 +177,7 @@ def test_a_backbone_of_two_stages_has_two_depths(given):
 def test_it_starts_with_the_gated_map_alone(given):
   """w_A = 0: what is attended to has no say yet, and a gate takes no more than three quarters."""
   _, maps, words = given
-  fresh = val().init(jax.random.key(0), maps[1:], words, MASK, train=False, method="compose")
+  fresh = init(maps[1:], words)
   for k in range(3):
     params = fresh["params"][f"transformers_{k}"]
     assert params["joint_weight"] == 1 and params["self_weight"] == 0
@@ -199,7 +209,7 @@ def test_a_gradient_reaches_every_parameter_the_maps_and_the_words(given):
 
 def test_at_its_start_a_gradient_reaches_all_but_the_attention_behind_w_a(given):
   _, maps, words = given
-  fresh = val().init(jax.random.key(0), maps[1:], words, MASK, train=False, method="compose")
+  fresh = init(maps[1:], words)
 
   def loss(params):
     queries, _ = compose({**fresh, "params": params}, maps[1:], words, True)
@@ -229,14 +239,14 @@ def test_queries_and_statistics_do_not_depend_on_the_devices(given):
     )  # fmt: skip
 
   mesh = Mesh(np.asarray(jax.devices()[:2]), ("data",))
-  split = jax.shard_map(
+  split = jax.jit(jax.shard_map(
     lambda *batch: apply(*batch, "data"), mesh=mesh, in_specs=P("data"),
     out_specs=(P("data"), P()), check_vma=False,
-  )(maps[1:], words, MASK)  # fmt: skip
+  ))(maps[1:], words, MASK)  # fmt: skip
   # Sums in another order, of float32 numbers below ten, through three BatchNorms.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), split,
-    apply(maps[1:], words, MASK, None),
+    jax.jit(lambda *batch: apply(*batch, None))(maps[1:], words, MASK),
   )  # fmt: skip
 
 
