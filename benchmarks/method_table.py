@@ -47,7 +47,7 @@ def get_config(preset: str, seed: int):
 
 
 def measure(config, folder: pathlib.Path) -> dict:
-  """Trains, or finds the run trained: recalls, parameters, milliseconds a step of the fastest 20."""
+  """Trains, or finds the run trained: recalls, parameters, milliseconds a step (fastest 20)."""
   train.train(config, folder)
   results = json.loads((folder / "eval.json").read_text())
   _, rates = history.read(folder).series("train/examples_per_second")
