@@ -149,7 +149,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   # published). Early on the decay is smaller, (1 + step) / (10 + step), to forget the start.
   optimizer.ema_decay = 0.0
 
-  # By which 'triplet' wants a target's cosine to be above a negative's.
+  # By which 'triplet' wants a target to be nearer than a negative, in squared distances of unit
+  # vectors: half of it in cosines.
   config.single = ml_collections.ConfigDict({"margin": 0.2})
   config.clip4cir = ml_collections.ConfigDict({"dropout": 0.5})  # Of the combiner's hidden layers.
   config.bank = ml_collections.ConfigDict({"temperature": 0.02})  # Divides the cosines.

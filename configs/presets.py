@@ -129,6 +129,15 @@ def _of_tirg(config: ml_collections.ConfigDict) -> None:
   )
 
 
+def _of_val(config: ml_collections.ConfigDict) -> None:
+  """Chen, Gong, Bazzani, CVPR 2020: the run scripts of their code, those without GloVe."""
+  config.batch_size = 32
+  config.model.update(feature_dim=1024, word_dim=512)
+  config.loss.update(classification=0.0, triplet=1.0)
+  config.single.margin = 0.2
+  config.optimizer.update(learning_rate=2e-4, weight_decay=4e-5, ema_decay=0.9999)
+
+
 def _dcnet(config: ml_collections.ConfigDict) -> None:
   _single("dcnet")(config)
   config.loss.update(correction=1.0, joint=0.5)
@@ -191,6 +200,7 @@ PRESETS: dict[str, Preset] = {
   "film": Preset("resnet18", _of_tirg, _single("film")),
   "tirg": Preset("resnet18", _of_tirg, _single("tirg")),
   "tirg_map": Preset("resnet18", _of_tirg, _single("tirg_map")),
+  "val": Preset("resnet50", _of_val, _single("val")),
   "dcnet": Preset("resnet50", _of_dcnet, _dcnet),
   "clip4cir": Preset(None, _clip4cir, _on_towers("clip4cir")),
   "bank": Preset(None, _bank, _on_towers("bank")),

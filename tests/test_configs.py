@@ -195,6 +195,17 @@ def test_clvc_net_has_its_published_settings():
   assert config.loss.modification == config.loss.auxiliary == 0.0
 
 
+def test_val_has_the_settings_of_its_authors_scripts_and_on_equal_terms_the_others():
+  config, equal = default.get_config("val"), default.get_config("val,equal")
+  assert (config.model.feature_dim, config.model.word_dim, config.batch_size) == (1024, 512, 32)
+  assert (config.loss.classification, config.loss.triplet, config.single.margin) == (0, 1, 0.2)
+  optimizer = config.optimizer
+  assert (optimizer.algorithm, optimizer.learning_rate) == ("adam", 2e-4)
+  assert (optimizer.weight_decay, optimizer.ema_decay) == (4e-5, 0.9999)
+  assert equal.model.composition == "val"
+  assert (equal.loss.classification, equal.loss.triplet, equal.optimizer.ema_decay) == (1, 0, 0)
+
+
 def test_an_unknown_backbone_is_refused_with_the_choices():
   config = default.get_config().model.backbone
   config.name = "resnet51"

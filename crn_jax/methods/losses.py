@@ -82,6 +82,37 @@ def cross_entropy(logits: jax.Array, batch: Batch) -> jax.Array:
   return jnp.sum(losses) / batch.size(logits)
 
 
+def triplet(queries, targets, margin: float, batch: Batch) -> jax.Array:
+  """Bidirectional triplet ranking loss with semi-hard negatives (VAL).
+
+  With d(a, b) = |a - b|^2 of unit vectors, in [0, 4], the hinge of an anchor a, its positive p and
+  its negative n is max(d(a, p) - d(a, n) + margin, 0). Anchors are the queries, with targets as
+  positives and negatives, and the targets, with queries; the two means are added up. The negative
+  of an anchor is the nearest of the batch that is not nearer than its positive: *semi-hard*, after
+  FaceNet (Schroff et al., CVPR 2015). An anchor that has none adds nothing.
+
+  Args:
+    queries, targets: [local batch, dim].
+    margin: in units of d.
+    batch: layout over devices.
+
+  Returns:
+    Share of the sum of the two means.
+  """
+  first, second = _hinges(queries, targets, margin, batch), _hinges(targets, queries, margin, batch)
+  return jnp.sum(first + second) / batch.size(queries)
+
+
+def _hinges(anchors, others, margin: float, batch: Batch) -> jax.Array:
+  """Hinge of each local anchor, whose positive is the row of `others`: [local batch]."""
+  distances = 2.0 - 2.0 * cosine_logits(anchors, others, batch)
+  own = batch.labels(anchors)[:, None]
+  positive = jnp.take_along_axis(distances, own, axis=1)
+  allowed = (distances >= positive) & (jnp.arange(distances.shape[1]) != own)
+  negative = jnp.min(jnp.where(allowed, distances, jnp.inf), axis=1)
+  return jnp.maximum(positive[:, 0] - negative + margin, 0.0)
+
+
 def info_nce(
   queries: jax.Array,
   bank: jax.Array,

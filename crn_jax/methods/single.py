@@ -123,6 +123,7 @@ class SingleBranch(Method):
       "classification": lambda q, t: losses.classification(
         q, t, scale, layout, cosine=self.composition.normalised
       ),
+      "triplet": lambda q, t: losses.triplet(q, t, self.config.single.margin, layout),
     }
     levels = list(zip(queries, targets, strict=True))
     terms = {

@@ -5,10 +5,10 @@ import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from crn_jax.errors import UserError
-from crn_jax.reports import page, tables
+from crn_jax.reports import page, published, tables
 from crn_jax.reports.pictures import curves
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results
 from crn_jax.retrieval import metrics
@@ -60,7 +60,8 @@ def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
   out = pathlib.Path(out)
   picture, html = out / "compare.png", out / "compare.html"
   draw(runs, picture)
-  warnings, results, differing = not_comparable(runs), result_tables(runs), differences(runs)
+  warnings, differing = not_comparable(runs), differences(runs)
+  results = result_tables(runs) + published_tables(runs)
   page.write(
     "compare.html",
     html,
@@ -193,6 +194,53 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
     title = f"{kind.replace('_', ' ')} queries, {results[0].breakdown_protocol}"
     shown.append(table(title.capitalize(), [row(m, parts, m) for m in measured]))
   return shown
+
+
+def published_tables(runs: Sequence[Run]) -> list[tables.Table]:
+  """As papers print it: a row a run, then the published rows of the same methods; a table a
+  protocol and data set. None of data that nobody published on."""
+  shown = []
+  for dataset in dict.fromkeys(run.config["data.dataset"] for run in runs):
+    own = [run for run in runs if run.config["data.dataset"] == dataset]
+    rows = published.rows_of(dataset, [run.config["preset"] for run in own])
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+      known = [row for row in rows if row.protocol == protocol]
+      measured = [(run.name, _measured(run, protocol)) for run in own]
+      parts = {part for _, values in measured for part in values}
+      columns = {
+        (part, metric): None
+        for row in known
+        for part, values in row.percent.items()
+        if part in parts
+        for metric in values
+      }
+      lines = measured + [
+        (f"published: {row.preset}, {row.backbone}", row.percent) for row in known
+      ]
+      cells = [
+        (name, tuple(tables.Cell(_percent(values, *column)) for column in columns))
+        for name, values in lines
+      ]
+      header = ("", *(" ".join(column).strip() for column in columns))
+      title = f"Beside what was published, {dataset}, {protocol}"
+      note = "Published: sources in docs/results.md; best epoch on these queries, as papers choose."
+      shown.append(tables.Table(title, header, tuple(cells), note))
+  return shown
+
+
+def _measured(run: Run, protocol: str) -> dict[str, Mapping[str, float]]:
+  """Category, "mean", or "" if the data set has none -> metric -> percent."""
+  results = run.results
+  if results.categories:
+    parts = results.categories | {published.MEAN: results.summary}
+  else:
+    parts = {results.dataset.partition("/")[2]: results.summary}
+  return {k: v.protocols[protocol].percent for k, v in parts.items() if protocol in v.protocols}
+
+
+def _percent(values: Mapping[str, Mapping[str, float]], part: str, metric: str) -> str:
+  value = values.get(part, {}).get(metric)
+  return "-" if value is None else f"{value:.2f}"
 
 
 def differences(runs: Sequence[Run]) -> tables.Table:

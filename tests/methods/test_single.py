@@ -31,6 +31,7 @@ CONSTANT = {
   "concat": {_OF_TEXT, "['composition']['hidden']['bias']"},
   "tirg": {_OF_TEXT},
   "tirg_map": {_OF_TEXT},
+  "val": {"['composition']['text_bn']['bias']"},
 }
 
 
@@ -138,7 +139,7 @@ def test_logits_are_cosines_times_the_square_of_the_vectors_length():
   method, variables = small.model(c), small.variables(c)
   queries, targets = np.random.default_rng(0).normal(size=(2, 5, 64)).astype(np.float32)
   length = variables["params"]["single"]["vector_scale"]
-  terms = method._terms((queries,), (targets,), length)
+  terms = method._terms((queries,), (targets,), {}, length)
   unit = [4 * x / np.linalg.norm(x, axis=1, keepdims=True) for x in (queries, targets)]
   logits = (unit[0] @ unit[1].T).astype(np.float64)
   expected = np.mean(np.log(np.exp(logits).sum(1)) - np.diag(logits))

@@ -65,6 +65,21 @@ class TestResult:
     assert f"{results['R@10']:.2f} {low:.1f}-{high:.1f}" in page.text
     assert "optimizer.learning_rate 3e-05 0.0001" in page.text
 
+  def test_published_numbers_of_the_methods_stand_beside_measured_ones(self, add, tmp_path):
+    runs = [add("a"), add("b", change=lambda c: c.update(preset="clvc_net_equal"))]
+    (table,) = compare.published_tables([compare.load(r, r.name) for r in runs])
+    assert table.header == ("", "dress R@10", "dress R@50")
+    rows = {name: [cell.text for cell in cells] for name, cells in table.rows}
+    measured = json.loads((runs[0] / "eval.json").read_text())["protocols"]["val_split"]
+    assert rows["a"] == [f"{measured['R@10']:.2f}", "-"]  # R@50 was not measured.
+    assert rows["published: crn, Swin-L"] == ["32.67", "59.30"]
+    assert rows["published: clvc_net, ResNet-50"] == ["29.85", "56.47"]
+    assert "published: crn, Swin-L" in compare.compare(runs, tmp_path / "out")
+
+  def test_a_method_that_was_not_published_has_no_such_table(self, add):
+    runs = [add(name, change=lambda c: c.update(preset="text_only_equal")) for name in "ab"]
+    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+
   def test_only_fields_that_differ_are_listed_and_places_are_not(self, add, tmp_path):
     def elsewhere(config):
       config.name, config.data.root, config.seed = "other", "elsewhere", 1

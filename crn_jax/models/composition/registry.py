@@ -1,6 +1,6 @@
 """Compositions by name, for `models/single.py`."""
 
-from crn_jax.models.composition import concat, dcnet, film, image_only, text_only, tirg
+from crn_jax.models.composition import concat, dcnet, film, image_only, text_only, tirg, val
 from crn_jax.models.composition.base import Composition
 
 COMPOSITIONS: dict[str, type[Composition]] = {
@@ -10,5 +10,6 @@ COMPOSITIONS: dict[str, type[Composition]] = {
   "film": film.FiLM,
   "tirg": tirg.TIRG,
   "tirg_map": tirg.TIRGMap,
+  "val": val.VAL,
   "dcnet": dcnet.DCNet,
 }
