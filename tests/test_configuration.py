@@ -162,6 +162,8 @@ def test_a_value_out_of_range_is_refused_with_what_was_expected(name, value):
     ),
     ({"model.composition": "tirg"}, "model.composition = 'tirg': expected None, as the method is"),
     ({"loss.triplet": 1.0}, "loss.triplet = 1.0: expected 0, as the method is 'crn'"),
+    ({"loss.joint": 0.5}, "loss.joint = 0.5: expected 0, as the method is 'crn'"),
+    ({"model.text_encoder": "bigru"}, "text_encoder = 'bigru': expected 'lstm', as the method is"),
   ],
 )
 def test_fields_that_do_not_agree_are_refused(fields, expected):
@@ -175,6 +177,12 @@ def test_fields_that_do_not_agree_are_refused(fields, expected):
     ("tirg", {"loss.auxiliary": 0.5}, "loss.auxiliary = 0.5: expected 0, as it is a loss of CRN"),
     ("tirg", {"loss.classification": 0.0}, "expected one of them above 0"),
     ("tirg", {"model.composition": None}, "model.composition = None: expected one of 'imag"),
+    ("tirg", {"loss.correction": 1.0}, "loss.correction = 1.0: expected 0, as model.composition ="),
+    (
+      "tirg",
+      {"model.text_encoder": "bigru", "model.feature_dim": 31},
+      "text_encoder = 'bigru', model.feature_dim = 31: expected an even model.feature_dim",
+    ),
     (
       "film,swin_tiny",
       {},

@@ -61,6 +61,31 @@ def test_every_composition_has_a_preset():
   assert set(methods) == set(COMPOSITIONS)
 
 
+@pytest.mark.parametrize(
+  ("weights", "expected"),
+  [
+    ({}, {"vector_scale"}),
+    ({"joint": 0.0}, {"vector_scale"}),
+    ({"correction": 0.0}, {"vector_scale"}),
+    ({"correction": 0.0, "joint": 0.0}, {"vector_scale", "correcting"}),
+  ],
+)
+def test_a_network_for_pairs_rests_without_its_losses(weights, expected):
+  """It would be decayed otherwise. DCNet's queries have a length of their own."""
+  c = config("dcnet")
+  c.loss.update(weights)
+  assert small.model(c).unused_parameters() == expected
+
+
+def test_dcnet_learns_from_its_three_losses():
+  """The sum of the terms with their weights, each of which is that of scores against the batch."""
+  _, metrics, _ = gradient("dcnet")
+  terms = {name.removeprefix("single/"): float(value) for name, value in metrics.items()}
+  expected = terms["classification"] + terms["correction"] + 0.5 * terms["joint"]
+  assert terms["total"] == pytest.approx(expected, rel=1e-6)
+  assert min(terms["classification"], terms["correction"], terms["joint"]) > 0.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPOSITIONS)
 def test_a_gradient_reaches_every_parameter(name):
