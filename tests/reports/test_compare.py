@@ -1,13 +1,15 @@
 """Runs side by side, of made-up results."""
 
 import json
+import pathlib
 import shutil
 
 import pytest
 from PIL import Image
 
+import crn_jax
 from crn_jax.errors import UserError
-from crn_jax.reports import compare
+from crn_jax.reports import compare, published
 from crn_jax.workdir import run
 from tests import made_up
 from tests.reports.test_report import Page
@@ -75,6 +77,22 @@ class TestResult:
     assert rows["published: crn, Swin-L"] == ["32.67", "59.30"]
     assert rows["published: clvc_net, ResNet-50"] == ["29.85", "56.47"]
     assert "published: crn, Swin-L" in compare.compare(runs, tmp_path / "out")
+
+  def test_published_numbers_are_those_of_the_docs(self):
+    text = (pathlib.Path(crn_jax.__file__).parents[1] / "docs" / "results.md").read_text()
+    for row in published.ROWS:
+      for part, recalls in row.percent.items():
+        digits = 1 if row.dataset == "fashion200k" else 2
+        shown = " / ".join(f"{value:.{digits}f}" for value in recalls.values())
+        assert shown in text, (row.preset, part)
+
+  @pytest.mark.parametrize(
+    ("preset", "methods"),
+    [("tirg_equal", {"tirg"}), ("tirg_map_equal", set()), ("crn_towers", set()),
+     ("crn_released_swin_tiny", {"crn"}), ("val_equal_resnet18", {"val"})],
+  )  # fmt: skip
+  def test_methods_are_known_by_what_a_run_records(self, preset, methods):
+    assert {row.preset for row in published.rows_of("shoes", [preset])} == methods
 
   def test_a_method_that_was_not_published_has_no_such_table(self, add):
     runs = [add(name, change=lambda c: c.update(preset="text_only_equal")) for name in "ab"]
