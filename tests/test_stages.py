@@ -14,7 +14,7 @@ import pytest
 from configs import default, presets
 from crn_jax import configuration, pretrained, stages, state, train
 from crn_jax.catalogue import model
-from crn_jax.convert import backbone
+from crn_jax.convert import backbone, whole
 from crn_jax.errors import UserError
 from crn_jax.methods import registry
 from crn_jax.parallel import DataParallel
@@ -88,6 +88,12 @@ def test_starting_it_again_trains_no_further(finished, root, monkeypatch):
   preset, workdir, shown = finished
   monkeypatch.setattr(Progress, "stepped", None)
   assert train.train(configured(root, preset), workdir) == shown
+
+
+def test_it_has_no_names_in_pytorch_and_says_so(finished, tmp_path):
+  preset, workdir, _ = finished
+  with pytest.raises(UserError, match=f"is a run of the method '{preset}'; exported are those of"):
+    whole.export(workdir, tmp_path / "out")
 
 
 def test_a_catalogue_cannot_be_asked_with_it_and_says_so(finished):

@@ -1,6 +1,7 @@
 """Whole models: the release's two files -> a work directory, and back."""
 
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -166,19 +167,25 @@ def convert(
 
 
 def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool = False) -> str:
-  """Writes a run's model with the release's names: two safetensors files and the words.
+  """Writes a run's model for PyTorch: safetensors files and the words.
 
-  The best checkpoint, or the last if none was evaluated; what evaluation uses of it (the moving
-  average, if there is one).
+  Of CRN's runs the two branches, with the release's names; of a single branch its backbone, with
+  those of timm or torchvision. The best checkpoint, or the last if none was evaluated; what
+  evaluation uses of it (the moving average, if there is one).
 
   Raises:
-    UserError: if `workdir` holds no trained run, its checkpoint is damaged, or the target must not
-      be replaced.
+    UserError: if `workdir` holds no trained run or one of a method on towers, its checkpoint is
+      damaged, or the target must not be replaced.
   """
   backbone.check_target(target, force)
   workdir = pathlib.Path(workdir)
   run.check_trained(workdir)
   config = run.load_config(workdir)
+  if config.method not in ("crn", "single"):
+    raise UserError(
+      f"{workdir}: is a run of the method {config.method!r}; exported are those of 'crn' and "
+      f"'single', whose parts PyTorch's programs have names for"
+    )
   vocabulary = Vocabulary.load(workdir / _VOCABULARY)
   like = state.abstract(methods.create(config, len(vocabulary)))
   params = like.evaluated_field
@@ -188,22 +195,31 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
     if step is None:
       raise UserError(f"{workdir / 'checkpoints'}: holds no checkpoint")
     variables = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-  has_relation = config.model.aggregation != "none"
+  parts, names = {}, "names of the PyTorch release"
+  if config.method == "single":
+    names = "its backbone's names in timm or torchvision"
+    for collection in variables.values():
+      tree = {k: v for k, v in collection["single"].items() if k == "backbone"}
+      tensors = release.export_branch("local", tree)
+      parts.setdefault("backbone", {}).update(
+        {name.removeprefix(release.BACKBONE): array for name, array in tensors.items()}
+      )
+  else:
+    # CLVC-Net has neither HAT nor the relation, whose parameters are there but untrained.
+    left_out = () if config.model.aggregation != "none" else ("relation",)
+    for kind, collection in itertools.product(crn.BRANCHES, variables.values()):
+      tree = {k: v for k, v in collection[kind].items() if k not in left_out}
+      parts.setdefault(f"{kind}_model", {}).update(release.export_branch(kind, tree))
   with files.replacing_folder(target) as partial:
     partial.mkdir()
-    for kind in crn.BRANCHES:
-      tensors = {}
-      for collection in variables.values():
-        # CLVC-Net has neither HAT nor the relation, whose parameters are there but untrained.
-        tree = {k: v for k, v in collection[kind].items() if has_relation or k != "relation"}
-        tensors |= release.export_branch(kind, tree)
+    for part, tensors in parts.items():
       counters = [n.replace("running_mean", _COUNTER) for n in tensors if "running_mean" in n]
       tensors |= {name: np.asarray(step, np.int64) for name in counters}
-      safetensors.numpy.save_file(tensors, partial / f"{kind}_model.safetensors")
+      safetensors.numpy.save_file(tensors, partial / f"{part}.safetensors")
     word2id = {word: i for i, word in enumerate(vocabulary.words)}
     (partial / _VOCABULARY).write_text(json.dumps(word2id, indent=1), encoding="utf-8")
   chosen = "best" if best is not None else "last"
-  return f"written {target}: {chosen} checkpoint (step {step}), names of the PyTorch release"
+  return f"written {target}: {chosen} checkpoint (step {step}), {names}"
 
 
 def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:

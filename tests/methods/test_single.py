@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from configs import presets
-from crn_jax import parallel, train
+from crn_jax import parallel, state, train
+from crn_jax.convert import backbone, whole
+from crn_jax.input_pipeline.tokenizers import base
 from crn_jax.methods import single
 from crn_jax.methods.base import TrainState
 from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.single import Single
 from crn_jax.workdir import history
+from crn_jax.workdir.checkpoint import CheckpointReader
 from tests import tiny
 from tests import tiny_model as small
 
@@ -197,3 +200,16 @@ def test_a_training_is_continued_and_evaluated(tmp_path):
   once = tmp_path / "once"
   train.train(c, once)
   assert json.loads((once / "eval.json").read_text()) == results
+  # Its backbone goes out with torchvision's names, and comes back.
+  whole.export(once, tmp_path / "out")
+  backbone.convert(tmp_path / "out" / "backbone.safetensors", tmp_path / "back")
+  method = small.registry.create(c, 10)
+  with CheckpointReader(once / "checkpoints") as checkpoints:
+    abstract = state.abstract(small.registry.create(c, len(base.load(once / "vocab.json"))))
+    trained = checkpoints.restore_fields(checkpoints.best_step(), abstract, ("params",))
+  found = state.initial_variables(method, str(tmp_path / "back"))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    found["params"]["single"]["backbone"],
+    trained["params"]["single"]["backbone"],
+  )
