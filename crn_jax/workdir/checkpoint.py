@@ -6,6 +6,9 @@ one before, and a damaged one is passed over for the one before.
 
 Who only reads (evaluation, export) opens the folder with `CheckpointReader`, which changes nothing
 in it, so that it may be used beside a training.
+
+Of several processes the primary one writes, as every process has the whole state; each reads for
+itself. So none ever waits for another in Orbax.
 """
 
 import concurrent.futures
@@ -49,7 +52,9 @@ class CheckpointReader:
     # Lightweight: otherwise Orbax reads the metrics of all checkpoints at once.
     return ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True),
+      options=ocp.CheckpointManagerOptions(
+        read_only=True, lightweight_initialize=True, multiprocessing_options=_alone()
+      ),
     )
 
   def __enter__(self) -> "CheckpointReader":
@@ -141,7 +146,9 @@ class CheckpointReader:
   def _read_arrays(self, step: int, like: Any) -> Any:
     folder = self._folder / str(step) / _ITEM
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    alone = _alone()
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
+    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata
       if saved is None:  # Orbax does not say why.
         raise ValueError("the list of its arrays cannot be read")
@@ -187,7 +194,7 @@ class CheckpointReader:
 class Checkpoints(CheckpointReader):
   """The checkpoints in a folder, to write; a context manager that waits for writing to end.
 
-  One process at a time may have it open: see `workdir.lock`.
+  One process at a time may have it open: see `workdir.lock`. Of a training's it is the primary one.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -195,6 +202,7 @@ class Checkpoints(CheckpointReader):
     self._writing: int | None = None
 
   def _open(self) -> ocp.CheckpointManager:
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._set_aside_unreadable_metrics()
 
     def rank(metrics):
@@ -210,6 +218,8 @@ class Checkpoints(CheckpointReader):
         best_fn=rank,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
+        create=False,  # It is there; Orbax refuses to, for one process of several.
+        multiprocessing_options=_alone(),
       ),
     )
 
@@ -399,6 +409,14 @@ def _check_structure(path: pathlib.Path, saved: Any, like: Any) -> None:
       + "\n  ".join(shown)
       + f"{more}\nUse the configuration and the version that wrote it; nothing was changed"
     )
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """Orbax's options for a process that does not wait for others."""
+  process = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
+  )
 
 
 def _metrics_path(folder: pathlib.Path) -> pathlib.Path:
