@@ -2,6 +2,9 @@
 
 import os
 
+_EXCLUDE = "--xla_gpu_exclude_nondeterministic_ops=true"
+_TUNE_ALONE = "--xla_gpu_shard_autotuning=false"
+
 
 def exclude_nondeterministic_ops() -> None:
   """Has XLA leave out operations of GPUs whose sums change from run to run.
@@ -9,7 +12,7 @@ def exclude_nondeterministic_ops() -> None:
   To be called before anything is computed: XLA reads the environment once. What the user has set in
   XLA_FLAGS stays, and decides.
   """
-  _add("--xla_gpu_exclude_nondeterministic_ops=true")
+  _add(_EXCLUDE)
 
 
 def tune_alone() -> None:
@@ -18,7 +21,7 @@ def tune_alone() -> None:
   By default processes share that work while they compile, and wait for another. One that finds a
   program in its cache does not compile it, and the others would wait for ever.
   """
-  _add("--xla_gpu_shard_autotuning=false")
+  _add(_TUNE_ALONE)
 
 
 def _add(flag: str) -> None:
