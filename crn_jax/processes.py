@@ -6,6 +6,7 @@ limits of time, and one process may check data for hours. A process that is alon
 What is told is plain values that JSON holds.
 """
 
+import datetime
 import itertools
 import json
 import pathlib
@@ -25,7 +26,7 @@ from crn_jax.parallel import is_primary
 
 _T = TypeVar("_T")
 
-# The key by which JAX's processes learn that one of them is to be stopped. JAX sets it for SIGTERM.
+# The key by which JAX's processes learn that one of them is to be stopped, and when it will be gone.
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 # Milliseconds after which a wait lets Ctrl-C through.
@@ -181,7 +182,8 @@ def agreed_stop(signal_number: int | None) -> int | None:
   if signal_number is not None and not _announced:
     _announced = True
     # JAX's own handler for SIGTERM does this; ours stands in its place, and knows SIGINT, too.
-    global_state.client.key_value_set(_NOTICE, "now", allow_overwrite=True)
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    global_state.client.key_value_set(_NOTICE, now, allow_overwrite=True)
   if multihost_utils.reached_preemption_sync_point(next(_asked)):
     return signal_number or int(signal.SIGTERM)
   return None

@@ -345,7 +345,7 @@ class Training:
         if (plan.saves(step) or stop) and is_primary():
           checkpoints.save(self.parallel.fetch(placed), metric, results)
         if stop and step < plan.total_steps:
-          processes.on_primary(functools.partial(checkpoints.require, step))
+          processes.on_primary(lambda step=step: checkpoints.require(step))
           raise Interrupted(step, stop)
     return placed, evaluation
 
