@@ -26,7 +26,7 @@ from crn_jax.parallel import is_primary
 
 _T = TypeVar("_T")
 
-# The key by which JAX's processes learn that one of them is to be stopped, and when it will be gone.
+# The key by which JAX's processes learn that one of them is to be stopped, and when.
 _NOTICE = "RECEIVED_PREEMPTION_NOTICE"
 
 # Milliseconds after which a wait lets Ctrl-C through.
