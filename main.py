@@ -78,6 +78,12 @@ def _main():
 
 
 def _run(mode: str) -> str:
+  together = mode in ("train", "eval", "submit")
+  flags_of_place = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if not together and flags_of_place != (None, None, None):
+    raise UserError(
+      f"--mode={mode} runs in one process: leave out --coordinator, --processes and --process"
+    )
   # Imported here: comparing runs starts neither JAX nor TensorFlow.
   if mode == "compare":
     from crn_jax.reports import compare
@@ -92,13 +98,10 @@ def _run(mode: str) -> str:
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
   from crn_jax import configuration, pretrained, xla
 
-  if mode in ("train", "eval", "submit"):
-    place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-    if place is not None:
-      xla.tune_alone()
-      cluster.join(place, command_line.again())
-  elif (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value) != (None, None, None):
-    raise UserError(f"--mode={mode} runs in one process: leave out --coordinator and the like")
+  place = cluster.find(*flags_of_place) if together else None
+  if place is not None:
+    xla.tune_alone()
+    cluster.join(place, command_line.again())
   if config.deterministic_ops:
     xla.exclude_nondeterministic_ops()
   configuration.expand_paths(config)

@@ -252,6 +252,28 @@ processes.say("said")
     assert lines[0] == ["[0, 1] ['told by', 0]", "(0, None)", "said"]
     assert lines[1] == ["[0, 1] ['told by', 0]", "(1, 7)"]
 
+  def test_they_agree_on_which_features_are_missing(self, tmp_path):
+    """The first alone knows a folder of its own; nothing is computed that one of them has not."""
+    done = small(
+      tmp_path,
+      f"""
+import numpy as np
+from crn_jax.retrieval.kept_features import KeptFeatures
+def compute(first, last):
+  print("computes", first, last, flush=True)
+  return np.full((last - first, 2), 3, np.float32)
+for folder in ("{tmp_path}/kept", f"{tmp_path}/own{{i}}"):
+  for n in (3, 3):
+    kept = KeptFeatures.of(folder, {{"of": 1}}, 2)
+    print(kept.rows("image", ["a"] * n, compute, "x").sum(), flush=True)
+""",
+    )
+    assert [status for status, _, _ in done] == [1, 1], done
+    shared = ["computes 0 3", "18.0", "18.0", "computes 0 3", "18.0"]
+    assert done[0][1].splitlines() == [*shared, "18.0"]
+    assert done[1][1].splitlines() == shared
+    assert "process 0 has read this file, process 1 cannot; name a folder that" in done[1][2]
+
   @pytest.mark.parametrize(
     ("body", "message"),
     [
