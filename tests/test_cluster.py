@@ -143,7 +143,7 @@ def check_equal_runs(workdir, expected):
 @pytest.mark.usefixtures("quick_compile")
 class TestTraining:
   def test_a_run_of_one_process_is_ended_and_evaluated_by_two(self, alone, config_file, tmp_path):
-    """Under pmap; what one has begun under shard_map."""
+    """Under pmap, what one has begun under shard_map; and evaluated under both."""
     begun, ended = alone
     workdir = tmp_path / "run"
     shutil.copytree(begun, workdir)
@@ -162,6 +162,15 @@ class TestTraining:
     # Of the training, and of its pictures.
     assert len(list(workdir.glob("events.out.tfevents.*"))) == events + 2
     check_equal_runs(workdir, ended)
+
+    before = (workdir / "eval.json").read_text()
+    (workdir / "eval.json").unlink()
+    (first, second) = finished(
+      start(REPOSITORY / "main.py", f"--workdir={workdir}", "--mode=eval", "--checkpoint=last",
+            "--config.parallel.mode=shard_map")
+    )  # fmt: skip
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert (workdir / "eval.json").read_text() == before
 
   def test_a_signal_to_one_process_saves_in_both_at_the_same_step(
     self, alone, root, config_file, tmp_path

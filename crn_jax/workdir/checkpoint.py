@@ -28,6 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crn_jax.errors import UserError
 from crn_jax.models.backbones import stacking
+from crn_jax.workdir import alone
 
 _METRIC, _ORDER = "best_metric", "minus_step"
 _ITEM = "default"  # Orbax's name of a checkpoint's only item.
@@ -53,7 +54,7 @@ class CheckpointReader:
     return ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
-        read_only=True, lightweight_initialize=True, multiprocessing_options=_alone()
+        read_only=True, lightweight_initialize=True, multiprocessing_options=alone.options()
       ),
     )
 
@@ -146,9 +147,7 @@ class CheckpointReader:
   def _read_arrays(self, step: int, like: Any) -> Any:
     folder = self._folder / str(step) / _ITEM
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    alone = _alone()
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=alone)
-    with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
+    with alone.checkpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata
       if saved is None:  # Orbax does not say why.
         raise ValueError("the list of its arrays cannot be read")
@@ -219,7 +218,7 @@ class Checkpoints(CheckpointReader):
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
         create=False,  # It is there; Orbax refuses to, for one process of several.
-        multiprocessing_options=_alone(),
+        multiprocessing_options=alone.options(),
       ),
     )
 
@@ -409,14 +408,6 @@ def _check_structure(path: pathlib.Path, saved: Any, like: Any) -> None:
       + "\n  ".join(shown)
       + f"{more}\nUse the configuration and the version that wrote it; nothing was changed"
     )
-
-
-def _alone() -> ocp.options.MultiprocessingOptions:
-  """Orbax's options for a process that does not wait for others."""
-  process = jax.process_index()
-  return ocp.options.MultiprocessingOptions(
-    primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"process{process}"
-  )
 
 
 def _metrics_path(folder: pathlib.Path) -> pathlib.Path:
