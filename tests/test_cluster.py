@@ -261,6 +261,21 @@ processes.say("said")
     assert lines[0] == ["[0, 1] ['told by', 0]", "(0, None)", "said"]
     assert lines[1] == ["[0, 1] ['told by', 0]", "(1, 7)"]
 
+  def test_one_writes_weights_and_all_read_them_without_waiting_for_one_another(self, tmp_path):
+    done = small(
+      tmp_path,
+      f"""
+import numpy as np
+from crn_jax.workdir import weights
+tree, path = {{"params": {{"a": np.arange(3.0)}}}}, "{tmp_path}/weights"
+processes.on_primary(lambda: weights.save_backbone(tree, {{"kind": "small"}}, path))
+for _ in range(1 + i):
+  print(weights.read_metadata(path)["kind"], weights.load_backbone(path, tree)["params"]["a"].sum())
+""",
+    )
+    assert [status for status, _, _ in done] == [0, 0], done
+    assert [out.splitlines() for _, out, _ in done] == [["small 3.0"], ["small 3.0"] * 2]
+
   def test_they_agree_on_which_features_are_missing(self, tmp_path):
     """The first alone knows a folder of its own; nothing is computed that one of them has not."""
     done = small(
