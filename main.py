@@ -15,7 +15,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from crn_jax import command_line
+from crn_jax import cluster, command_line
 from crn_jax.catalogue import command_line as catalogue
 from crn_jax.errors import UserError
 from crn_jax.workdir.interrupt import Interrupted
@@ -47,14 +47,27 @@ _OVERWRITE = flags.DEFINE_bool(
 _COMPILATION_CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder for compiled programs, or 'none'; default: see docs/runs.md."
 )
+_COORDINATOR = flags.DEFINE_string(
+  "coordinator", None, "HOST:PORT of process 0, to train or evaluate on several machines by hand."
+)
+_PROCESSES = flags.DEFINE_integer(
+  "processes", None, "Number of processes on all machines; 1 is alone, also on a cluster."
+)
+_PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan, index or search finds as JSON.")
 
 
 def main(argv):
   del argv
   logging.set_verbosity(logging.WARNING)  # Orbax reports every file at INFO.
+  with cluster.leaving_together():
+    _main()
+
+
+def _main():
   try:
-    print(_run(_MODE.value))
+    if text := _run(_MODE.value):
+      print(text)
   except Interrupted as stop:
     command = command_line.again()
     print(f"{stop}, everything is saved. Continue with:\n  {command}", file=sys.stderr)
@@ -65,6 +78,12 @@ def main(argv):
 
 
 def _run(mode: str) -> str:
+  together = mode in ("train", "eval", "submit")
+  flags_of_place = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+  if not together and flags_of_place != (None, None, None):
+    raise UserError(
+      f"--mode={mode} runs in one process: leave out --coordinator, --processes and --process"
+    )
   # Imported here: comparing runs starts neither JAX nor TensorFlow.
   if mode == "compare":
     from crn_jax.reports import compare
@@ -79,6 +98,10 @@ def _run(mode: str) -> str:
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
   from crn_jax import configuration, pretrained, xla
 
+  place = cluster.find(*flags_of_place) if together else None
+  if place is not None:
+    xla.tune_alone()
+    cluster.join(place, command_line.again())
   if config.deterministic_ops:
     xla.exclude_nondeterministic_ops()
   configuration.expand_paths(config)
@@ -105,8 +128,10 @@ def _run(mode: str) -> str:
     from crn_jax import submit
 
     return submit.submit(config, workdir, _CHECKPOINT.value)
+  from crn_jax import processes
+
   if _OVERWRITE.value:
-    print(command_line.loss(workdir))
+    processes.say(command_line.loss(workdir))
   return train.train(config, workdir, overwrite=_OVERWRITE.value)
 
 

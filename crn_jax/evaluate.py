@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import ml_collections
 import numpy as np
 
+from crn_jax import processes
 from crn_jax.input_pipeline.dataset import Dataset, EvalSplit
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports.cases import TOP, Cases
@@ -89,6 +90,8 @@ def cases(
   config = encoder.method.config
   protocol, encoded = breakdown_protocol(config), evaluation.encoded[split.name]
   shown = Cases.choose(split, protocol, evaluation.outcomes[split.name][protocol]["composed"].ranks)
+  # Processes look together: even if their devices rank otherwise, they must agree on where.
+  attended = np.asarray(processes.on_primary(shown.attended.tolist), int)
   exclude = excluded_positions(split, protocol, config)[shown.chosen]
   gallery = gallery_vectors(encoded, split.galleries[protocol])
   positions, scores = ranking.top_k(encoded.composed[shown.chosen], gallery, TOP, exclude)
@@ -100,9 +103,10 @@ def cases(
     ]
     for i, query in enumerate(shown.chosen)
   }
-  attention = encoder.attention(variables, split, shown.attended, vocabulary)
+  attention = encoder.attention(variables, split, attended, vocabulary)
   return dataclasses.replace(
     shown,
+    attended=attended,
     top=top,
     attention=attention,
     attention_notes=encoder.method.attention_notes,

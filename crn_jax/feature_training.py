@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import jax
 
-from crn_jax import stages, state
+from crn_jax import processes, stages, state
 from crn_jax.input_pipeline import feature_batches, loader
 from crn_jax.input_pipeline.dataset import Dataset, TrainSplit
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
@@ -41,7 +41,7 @@ def open_features(
   weights = features.digests(method, towers)
   run.check_towers(weights, workdir)  # First: computing may take hours.
   if begins:
-    run.save_towers(weights, workdir)
+    processes.on_primary(lambda: run.save_towers(weights, workdir))
   return features.compute(method, towers, weights, parallel, dataset, tokenizer)
 
 

@@ -22,6 +22,11 @@ AXIS = "data"
 REPLICATED, SHARDED = "replicated", "sharded"
 
 
+def is_primary() -> bool:
+  """Whether this process writes, prints and draws; of several, one does."""
+  return jax.process_index() == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class DataParallel:
   """Maps per-device functions over devices.
@@ -43,7 +48,10 @@ class DataParallel:
     """
     if mode not in ("shard_map", "pmap"):
       raise UserError(f"parallel.mode must be 'shard_map' or 'pmap', not {mode!r}")
-    return cls(mode, tuple(devices if devices is not None else jax.devices()))
+    if devices is None:
+      # A process's slice of a batch is contiguous.
+      devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+    return cls(mode, tuple(devices))
 
   def check_batch_size(self, batch_size: int, name: str) -> None:
     """Raises UserError if a global batch cannot be split evenly over the devices."""
@@ -78,9 +86,15 @@ class DataParallel:
     return jax.jit(mapped, donate_argnums=donate)
 
   def replicate(self, tree):
-    """Host tree -> one copy a device."""
+    """Host tree, equal in all processes -> one copy a device."""
     if self.mode == "shard_map":
-      return jax.device_put(tree, NamedSharding(self._mesh, P()))
+      sharding = NamedSharding(self._mesh, P())
+      if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+      # `device_put` would compare every array over the network.
+      return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+      )
     local = self._local_devices
     stacked = jax.tree.map(lambda x: np.broadcast_to(x, (len(local), *np.shape(x))), tree)
     return jax.device_put(stacked, self._pmap_sharding)

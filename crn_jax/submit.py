@@ -14,13 +14,13 @@ import jax
 import ml_collections
 import numpy as np
 
-from crn_jax import configuration, feature_training, pretrained, state
+from crn_jax import configuration, feature_training, pretrained, processes, state
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.dataset import EvalSplit, SubmissionFile, SubmissionSpec
 from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers import base as tokenizers
 from crn_jax.methods import registry
-from crn_jax.parallel import AXIS, DataParallel
+from crn_jax.parallel import AXIS, DataParallel, is_primary
 from crn_jax.retrieval import ranking
 from crn_jax.retrieval.encode import Encoder
 from crn_jax.workdir import files, run
@@ -38,13 +38,15 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
     which: 'best' or 'last' checkpoint.
 
   Returns:
-    What was written and where it is sent, for people to read.
+    What was written and where it is sent, for people to read; '' in other processes than the
+    primary one, which writes.
 
   Raises:
     UserError: the data set has no server, its data are not complete, `workdir` holds no trained
       run, or the configuration is not the run's.
   """
   workdir = pathlib.Path(workdir)
+  processes.check_shared(workdir)
   configuration.check(config, eval_devices=jax.device_count())
   spec = _spec(config)  # Before anything is read.
   parallel = DataParallel.create(config.parallel.mode)
@@ -57,7 +59,7 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
     run.check_folder(workdir)
     tokenizer = pretrained.new_tokenizer(config, captions=())
     state.check_pretrained(config)
-  dataset = spec.read(config.data)
+  dataset = processes.primary_first(lambda _: spec.read(config.data), lambda _: "checked")
   method = registry.create(config, len(tokenizer), AXIS)
   if trains:
     encoder = feature_training.encoder_of_run(method, parallel, dataset, tokenizer, workdir)
@@ -70,15 +72,20 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   (split,) = dataset.evals
   encoded = encoder.encode(parallel.replicate(variables), split, tokenizer)
   contents = answers(split, encoded.composed, encoded.images, spec.files)
-  paths = write(contents, split, workdir / "submission")
-  return "\n".join(
-    [
-      f"{config.data.dataset}: {len(split.queries):,} queries answered by {answered_by}",
-      "written:",
-      *(f"  {path}" for path in paths),
-      f"send them to {spec.server}",
-    ]
-  )
+
+  def written():
+    paths = write(contents, split, workdir / "submission")
+    return "\n".join(
+      [
+        f"{config.data.dataset}: {len(split.queries):,} queries answered by {answered_by}",
+        "written:",
+        *(f"  {path}" for path in paths),
+        f"send them to {spec.server}",
+      ]
+    )
+
+  text = processes.on_primary(written)
+  return text if is_primary() else ""
 
 
 def answers(

@@ -1,5 +1,6 @@
 """The training loop, for any method: data, update, logs, checkpoints, evaluation."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from crn_jax import (
   evaluate,
   feature_training,
   pretrained,
+  processes,
   stages,
   state,
   training_step,
@@ -32,7 +34,7 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
 from crn_jax.methods.features import FeatureMethod
-from crn_jax.parallel import AXIS, DataParallel
+from crn_jax.parallel import AXIS, DataParallel, is_primary
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
 from crn_jax.retrieval.encode import Encoder
@@ -52,37 +54,38 @@ def train(
 
   A training that comes before it (`stages`) is done first, or continued, in a folder inside.
 
+  Of several processes (docs/cluster.md) all call it; the primary one writes, prints and draws.
+
   Args:
     config: see `configs/default.py`.
     workdir: gets what `docs/runs.md` lists.
     overwrite: whether a run that is there is removed first.
 
   Returns:
-    The results of the final parameters and the paths written, for people to read.
+    The results of the final parameters and the paths written, for people to read; '' in other
+    processes than the primary one.
 
   Raises:
     UserError: on a bad configuration or bad data, before anything is written; if a loss is not
-      finite, the device's memory too small, or the last checkpoint could not be written.
+      finite, the device's memory too small, or the last checkpoint could not be written; if
+      processes differ in what must be equal.
     Interrupted: after SIGINT or SIGTERM, with the state saved.
   """
   workdir = pathlib.Path(workdir)
+  processes.check_shared(workdir)
   training = Training.prepare(config, workdir, overwrite=overwrite)
   first = stages.fine_tuning(config)
   before = first and Training.prepare(
     first, workdir / stages.FOLDER, overwrite=overwrite, dataset=training.dataset
   )
-  workdir.mkdir(parents=True, exist_ok=True)
-  with lock(workdir):
-    if overwrite:
-      run.remove(workdir)
-    training.save_facts()
+  with contextlib.ExitStack() as held:
+    processes.on_primary(lambda: training.begin(held, overwrite=overwrite))
     weights_folder = pathlib.Path(stages.towers(config, workdir))
-    if before is not None and not weights_folder.exists():
-      before.workdir.mkdir(exist_ok=True)
-      with lock(before.workdir):
-        before.save_facts()
-        print(before.run())
-        before.export_towers(weights_folder)
+    if before is not None and processes.on_primary(lambda: not weights_folder.exists()):
+      with contextlib.ExitStack() as held_before:
+        processes.on_primary(lambda: before.begin(held_before))
+        processes.say(before.run())
+        processes.on_primary(lambda: before.export_towers(weights_folder))
     return training.run()
 
 
@@ -135,6 +138,10 @@ class Training:
       raise UserError(
         f"method {config.method!r}: there is nothing to train; evaluate it with --mode=eval"
       )
+    processes.check_equal(
+      {"the number of devices": jax.local_device_count()},
+      "Show every process as many (CUDA_VISIBLE_DEVICES, or JAX_LOCAL_DEVICE_IDS)",
+    )
     parallel = DataParallel.create(config.parallel.mode)
     resumes = bool(checkpoint.steps(workdir / "checkpoints")) and not overwrite
     if resumes:
@@ -143,7 +150,7 @@ class Training:
       state.check_pretrained(config)
     registry.create(config, vocab_size=1)  # Before data are read, for its errors.
     if dataset is None:
-      dataset = open_dataset(config.data, train=True, known_digest=run.known_digest(workdir))
+      dataset = _open_dataset(config, train=True, known_digest=run.known_digest(workdir))
     if resumes:  # A converted model has other words than the data.
       run.check_data(dataset.fingerprint, workdir)
       vocabulary = tokenizers.load(workdir / "vocab.json")
@@ -152,6 +159,16 @@ class Training:
     plan = Plan.create(config, len(dataset.train.triplets))
     method = registry.create(config, len(vocabulary), AXIS)
     tx = method.optimizer(plan.steps_per_epoch, plan.total_steps)
+    # No process writes before all have read.
+    processes.check_equal(
+      {
+        **{f"{field} (configuration)": value for field, value in common_fields(config).items()},
+        "whether a run is continued": resumes,
+        "the training triplets": dataset.fingerprint,
+        "the number of words": len(vocabulary),
+      },
+      "Start the same command everywhere, on the same data and work directory",
+    )
     return cls(config, workdir, resumes, parallel, dataset, vocabulary, method, tx, plan)
 
   @property
@@ -200,8 +217,12 @@ class Training:
       lines.append(missing.describe_skipped(self.dataset.skipped))
     return "\n".join(lines)
 
-  def save_facts(self) -> None:
-    """Writes what the folder says about the run."""
+  def begin(self, held: contextlib.ExitStack, *, overwrite: bool = False) -> None:
+    """Takes the folder, as long as `held` lasts, and writes what it says about the run."""
+    self.workdir.mkdir(parents=True, exist_ok=True)
+    held.enter_context(lock(self.workdir))
+    if overwrite:
+      run.remove(self.workdir)
     run.save_config(self.config, self.workdir)
     run.save_data(
       self.workdir,
@@ -212,7 +233,7 @@ class Training:
 
   def run(self) -> str:
     """Says what is to be done, trains to the last step, evaluates and draws; see `train`."""
-    print(self.describe())
+    processes.say(self.describe())
     try:
       return self._run()
     except jax.errors.JaxRuntimeError as error:
@@ -235,17 +256,30 @@ class Training:
     pretrained.save(self.config, fields[params][part]["encoder"], step, self.workdir, folder)
 
   def _run(self) -> str:
-    with Checkpoints(self.workdir / "checkpoints") as checkpoints:
+    with contextlib.ExitStack() as opened:
+      checkpoints = processes.primary_first(
+        lambda told: opened.enter_context(
+          (CheckpointReader if told else Checkpoints)(self.workdir / "checkpoints")
+        ),
+        lambda _: "opened",
+      )
       start_state = self._start_state(checkpoints)
       start = int(start_state.step)
+      if jax.process_count() > 1:
+        processes.check_equal(
+          {"the checksum of the first parameters": checkpoint.checksum(start_state)},
+          "Use machines of one kind, or the same weights everywhere (model.pretrained)",
+        )
       placed = self.parallel.replicate(start_state)
       del start_state
       if start == self.plan.total_steps:  # The run was complete already.
         evaluation = self._evaluate(placed, start)
       else:
         placed, evaluation = self._steps(placed, start, checkpoints)
-      checkpoints.require(self.plan.total_steps)
-      results = self._with_best(evaluation.results, checkpoints)
+      processes.on_primary(lambda: checkpoints.require(self.plan.total_steps))
+      results = evaluation.results
+      if is_primary():
+        results = self._with_best(results, checkpoints)
     evaluation = dataclasses.replace(evaluation, results=results)
     shown = conclude(
       self.encoder, placed.eval_variables(), self.vocabulary, self.workdir, self.dataset, evaluation
@@ -254,10 +288,15 @@ class Training:
       log.pictures(self.plan.total_steps, sorted((self.workdir / "pictures").glob("*.png")))
     return shown
 
-  def _start_state(self, checkpoints: Checkpoints) -> TrainState:
+  def _start_state(self, checkpoints: CheckpointReader) -> TrainState:
     if self.resumes:
-      restored = checkpoints.restore_last(self.abstract_state)
-      print(f"continuing from the checkpoint at step {int(restored.step)}")
+      like = self.abstract_state
+      restored = processes.primary_first(  # Which sets damaged ones aside.
+        lambda step: checkpoints.restore_last(like) if step is None
+        else checkpoints.restore(step, like),
+        lambda state: int(state.step),
+      )  # fmt: skip
+      processes.say(f"continuing from the checkpoint at step {int(restored.step)}")
       if restored.step > self.plan.total_steps:
         raise UserError(
           f"num_epochs = {self.config.num_epochs} end at step {self.plan.total_steps}; the run in "
@@ -266,11 +305,12 @@ class Training:
         )
       return restored
     initial = state.initial(self.method, self.tx, self.towers)
-    checkpoints.check_space(initial)
+    if is_primary():
+      checkpoints.check_space(initial)
     return initial
 
   def _steps(
-    self, placed: TrainState, start: int, checkpoints: Checkpoints
+    self, placed: TrainState, start: int, checkpoints: CheckpointReader
   ) -> tuple[TrainState, Evaluation]:
     """Steps start + 1 to the last: last state and evaluation."""
     plan, config = self.plan, self.config
@@ -288,23 +328,24 @@ class Training:
         placed, metrics = train_step(placed, next(batches))
         profile.after(step, metrics)
         progress.stepped(metrics)
-        stop = interruption.signal  # Once: it may come at any moment.
+        stop = processes.agreed_stop(interruption.signal)  # Once: it may come at any moment.
         epoch = step / plan.steps_per_epoch
         if plan.logs(step) or stop:
           values = progress.read(self.parallel, checkpoints.steps())
           values["learning_rate"] = float(schedule(step - 1))
           log.scalars(step, epoch, {f"train/{k}": v for k, v in values.items()})
-          checkpoints.poll()
+          if is_primary():
+            checkpoints.poll()
         evaluation, metric, results = None, None, None
         if plan.evaluates(step):
           evaluation = self._evaluate(placed, step)
           metric, results = evaluation.results.best_value, evaluation.results.to_json()
           log.scalars(step, epoch, evaluation.results.scalars())
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
-        if plan.saves(step) or stop:
+        if (plan.saves(step) or stop) and is_primary():
           checkpoints.save(self.parallel.fetch(placed), metric, results)
         if stop and step < plan.total_steps:
-          checkpoints.require(step)
+          processes.on_primary(lambda step=step: checkpoints.require(step))
           raise Interrupted(step, stop)
     return placed, evaluation
 
@@ -357,6 +398,12 @@ class Training:
       what = {"backbone": "backbones", "encoder": "towers"}[self.method.pretrained]
       return f"{what} from {self.towers}, the rest random"
     return "random"
+
+
+def common_fields(config: ml_collections.ConfigDict) -> dict:
+  """The fields of a configuration that are the same in all processes: all but where data lie."""
+  fields = run.flat(run.as_json(config))
+  return {k: v for k, v in fields.items() if k not in ("data.root", "data.prepared")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -420,6 +467,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     UserError: if `workdir` holds no trained run, or the configuration is not the run's.
   """
   workdir = pathlib.Path(workdir)
+  processes.check_shared(workdir)
   configuration.check(config, eval_devices=jax.device_count())
   if not registry.METHODS[config.method].trains:
     return _evaluate_untrained(config, workdir)
@@ -427,14 +475,17 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   run.check_config(config, workdir, free=run.fields_free_to_evaluate(config, workdir))
   parallel = DataParallel.create(config.parallel.mode)
   vocabulary = tokenizers.load(workdir / "vocab.json")
-  dataset = open_dataset(config.data, train=False)
+  dataset = _open_dataset(config, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
   like = state.abstract(method)
   params = like.evaluated_field
   evaluations = {}
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
-    steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
+    # A training may write another one meanwhile.
+    steps = processes.on_primary(
+      lambda: {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
+    )
     if steps[which] is None:
       raise UserError(
         f"{workdir / 'checkpoints'}: holds no {which} checkpoint; the best is chosen among those "
@@ -464,7 +515,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     beside = tuple(dataclasses.replace(r, best_metric=chosen_by) for r in results.beside)
     results = dataclasses.replace(results, best_metric=chosen_by, beside=beside)
     folder = workdir / "other_data" / config.data.dataset
-    run.save_config(config, folder)
+    processes.on_primary(lambda: run.save_config(config, folder))
   evaluation = dataclasses.replace(evaluation, results=results)
   return conclude(encoder, variables, vocabulary, folder, dataset, evaluation)
 
@@ -482,24 +533,46 @@ def _evaluate_untrained(config: ml_collections.ConfigDict, workdir: pathlib.Path
   vocabulary = pretrained.new_tokenizer(config, captions=())
   method = registry.create(config, len(vocabulary), AXIS)
   state.check_pretrained(config)  # Before data are read.
-  dataset = open_dataset(config.data, train=False)
+  dataset = _open_dataset(config, train=False)
   for line in remarks(dataset, vocabulary, config.seed):
-    print(line)
+    processes.say(line)
   encoder = Encoder.create(method, parallel)
   variables = parallel.replicate(state.initial_variables(method, config.model.pretrained))
   evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, 0, "untrained")
-  workdir.mkdir(parents=True, exist_ok=True)
-  run.save_config(config, workdir)
+  processes.on_primary(lambda: run.save_config(config, workdir))
   return conclude(encoder, variables, vocabulary, workdir, dataset, evaluation)
 
 
 def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evaluation) -> str:
-  """Writes the report of an evaluation; the results and the paths written, for people to read."""
+  """Writes the report of an evaluation, in the primary process.
+
+  Returns:
+    The results and the paths written, for people to read; '' in other processes.
+  """
   shown = [
     evaluate.cases(encoder, variables, vocabulary, split, evaluation) for split in dataset.evals
   ]
   results, config = evaluation.results, encoder.method.config
-  written = report.write(config, workdir, results, evaluation.outcomes, shown, vocabulary)
-  return "\n".join(
-    [tables.results_as_text(results), "", "written:", *(f"  {path}" for path in written)]
+
+  def write():
+    written = report.write(config, workdir, results, evaluation.outcomes, shown, vocabulary)
+    return "\n".join(
+      [tables.results_as_text(results), "", "written:", *(f"  {path}" for path in written)]
+    )
+
+  text = processes.on_primary(write)
+  return text if is_primary() else ""
+
+
+def _open_dataset(
+  config: ml_collections.ConfigDict, *, train: bool, known_digest: str | None = None
+) -> Dataset:
+  """Opens the data in all processes, whose images the primary one checks.
+
+  Raises:
+    UserError: see `open_dataset`; in all processes.
+  """
+  return processes.primary_first(
+    lambda told: open_dataset(config.data, train=train, known_digest=told or known_digest),
+    lambda dataset: dataset.image_digest,
   )

@@ -57,6 +57,7 @@ class TestOneLine:
       ([], "--mode=train needs --config, e.g. --config=configs/demo.py, or --workdir with"),
       (["--mode=eval"], "--mode=eval needs --config, .*, or --workdir with the folder of a run"),
       (["--mode=prepare", "--workdir=x"], "--mode=prepare needs --config, e.g. --config=[^ ]*$"),
+      (["--mode=compare", "--process=1"], "--mode=compare runs in one process: leave out --coord"),
       (["--mode=evla"], "--mode=evla: value should be one of <train"),
       (["--workdri=x"], "'workdri'. Did you mean: workdir"),
       (["configs/demo.py"], r"unknown arguments \['configs/demo.py'\]; options are written"),

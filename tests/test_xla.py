@@ -26,19 +26,27 @@ def test_flags_of_the_user_stay(monkeypatch):
   assert os.environ["XLA_FLAGS"] == "--xla_gpu_exclude_nondeterministic_ops=false"
 
 
-def test_xla_reads_the_flag_after_jax_was_imported():
+@pytest.mark.parametrize(
+  ("ask", "flag", "word", "other"),
+  [
+    ("exclude_nondeterministic_ops", "_EXCLUDE", "ops", "opera"),
+    ("tune_alone", "_TUNE_ALONE", "autotuning", "autotune"),
+  ],
+)
+def test_xla_reads_the_flag_after_jax_was_imported(ask, flag, word, other):
   """An unknown flag in its place is refused: so it is read, and it is known."""
   program = """
 import jax
 from crn_jax import xla
-xla._FLAG = xla._FLAG.replace("ops", "{}")
-xla.exclude_nondeterministic_ops()
+xla.{flag} = xla.{flag}.replace("{word}", "{instead}")
+xla.{ask}()
 print(jax.jit(lambda x: x + 1)(1))
 """
   environment = os.environ | {"XLA_FLAGS": ""}
-  for word, works in (("ops", True), ("opera", False)):
+  for instead, works in ((word, True), (other, False)):
+    text = program.format(flag=flag, word=word, instead=instead, ask=ask)
     done = subprocess.run(
-      [sys.executable, "-c", program.format(word)], env=environment, capture_output=True, text=True
+      [sys.executable, "-c", text], env=environment, capture_output=True, text=True
     )
     assert (done.returncode == 0) == works, done.stderr[-500:]
 

@@ -18,7 +18,7 @@ from crn_jax.input_pipeline import loader
 from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods.base import Method, QueryVectors
-from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel
+from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel, is_primary
 from crn_jax.retrieval import ranking
 
 # Batches of images that the device is given beyond the one whose vectors are fetched.
@@ -106,7 +106,7 @@ class Encoder:
     text_only = np.zeros_like(composed)
     progress = tqdm.tqdm(
       total=n_images, desc=f"encode {split.name}", unit="image", leave=False,
-      disable=None,  # A log file needs no animation.
+      disable=None if is_primary() else True,  # None: a log file needs no animation.
     )  # fmt: skip
     under_way = collections.deque()  # A batch of images: [(array to fill, rows, device array)].
 

@@ -17,7 +17,9 @@ import numpy as np
 import tqdm
 from flax import traverse_util
 
+from crn_jax import processes
 from crn_jax.errors import UserError
+from crn_jax.parallel import is_primary
 from crn_jax.workdir import files
 
 # Rows of a chunk: what an interruption costs at most.
@@ -71,6 +73,7 @@ class KeptFeatures:
     folder = pathlib.Path(parent).expanduser() / hashlib.sha256(content.encode()).hexdigest()[:16]
     noted = folder / _FACTS
     if not noted.exists():
+      # Harmless in several processes: each writes the same.
       with files.replacing(noted) as partial:
         partial.write_text(content + "\n", encoding="utf-8")
     elif noted.read_text(encoding="utf-8") != content + "\n":
@@ -82,7 +85,7 @@ class KeptFeatures:
   ) -> np.ndarray:
     """The features of a list of things, of which those that are not kept are computed.
 
-    Processes must all call it; the first writes.
+    Processes must all call it; the primary one writes, and knows what is kept.
 
     Args:
       kind: 'image' or 'text'.
@@ -92,27 +95,42 @@ class KeptFeatures:
 
     Returns:
       [n, width] float32.
+
+    Raises:
+      UserError: a process cannot read what the primary one finds.
     """
     found = np.empty((len(keys), self.width), np.float32)
-    missing = []
+    chunks = {}
     for first in range(0, len(keys), CHUNK):
       last = min(first + CHUNK, len(keys))
-      path = self._path(kind, keys[first:last])
+      chunks[first] = (first, last, self._path(kind, keys[first:last]))
+
+    def read(first, last, path) -> bool:
       kept = _read(path, (last - first, self.width))
-      if kept is None:
-        missing.append((first, last, path))
-      else:
+      if kept is not None:
         found[first:last] = kept
-    # Which are missing is known before the first is computed, for which processes wait for another.
+      return kept is not None
+
+    # Processes compute together: they must agree on what is missing.
+    unread = processes.on_primary(lambda: [c[0] for c in chunks.values() if not read(*c)])
+    missing = [chunks[first] for first in unread]
+    if not is_primary():
+      for chunk in chunks.values():
+        if chunk not in missing and not read(*chunk):
+          raise UserError(
+            f"{chunk[2]}: process 0 has read this file, process {jax.process_index()} cannot; name "
+            f"a folder that all machines share with data.features"
+          )
     bar = tqdm.tqdm(
       total=len(keys), initial=len(keys) - sum(last - first for first, last, _ in missing),
       desc=f"features of {show}", unit=kind, leave=False,
-      disable=True if not missing else None,  # None: a log file needs no animation.
+      # None: a log file needs no animation.
+      disable=None if missing and is_primary() else True,
     )  # fmt: skip
     with bar:
       for first, last, path in missing:
         found[first:last] = compute(first, last)
-        if jax.process_index() == 0:
+        if is_primary():
           _write(path, found[first:last])
         bar.update(last - first)
     return found

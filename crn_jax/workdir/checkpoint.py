@@ -6,6 +6,9 @@ one before, and a damaged one is passed over for the one before.
 
 Who only reads (evaluation, export) opens the folder with `CheckpointReader`, which changes nothing
 in it, so that it may be used beside a training.
+
+Of several processes the primary one writes, as every process has the whole state; each reads for
+itself. So none ever waits for another in Orbax.
 """
 
 import concurrent.futures
@@ -25,6 +28,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from crn_jax.errors import UserError
 from crn_jax.models.backbones import stacking
+from crn_jax.workdir import alone
 
 _METRIC, _ORDER = "best_metric", "minus_step"
 _ITEM = "default"  # Orbax's name of a checkpoint's only item.
@@ -49,7 +53,9 @@ class CheckpointReader:
     # Lightweight: otherwise Orbax reads the metrics of all checkpoints at once.
     return ocp.CheckpointManager(
       self._folder,
-      options=ocp.CheckpointManagerOptions(read_only=True, lightweight_initialize=True),
+      options=ocp.CheckpointManagerOptions(
+        read_only=True, lightweight_initialize=True, multiprocessing_options=alone.options()
+      ),
     )
 
   def __enter__(self) -> "CheckpointReader":
@@ -141,7 +147,7 @@ class CheckpointReader:
   def _read_arrays(self, step: int, like: Any) -> Any:
     folder = self._folder / str(step) / _ITEM
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with alone.checkpointer() as checkpointer:
       saved = checkpointer.metadata(folder).item_metadata
       if saved is None:  # Orbax does not say why.
         raise ValueError("the list of its arrays cannot be read")
@@ -187,7 +193,7 @@ class CheckpointReader:
 class Checkpoints(CheckpointReader):
   """The checkpoints in a folder, to write; a context manager that waits for writing to end.
 
-  One process at a time may have it open: see `workdir.lock`.
+  One process at a time may have it open: see `workdir.lock`. Of a training's it is the primary one.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -195,6 +201,7 @@ class Checkpoints(CheckpointReader):
     self._writing: int | None = None
 
   def _open(self) -> ocp.CheckpointManager:
+    self._folder.mkdir(parents=True, exist_ok=True)
     self._set_aside_unreadable_metrics()
 
     def rank(metrics):
@@ -210,6 +217,8 @@ class Checkpoints(CheckpointReader):
         best_fn=rank,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
+        create=False,  # It is there; Orbax refuses to, for one process of several.
+        multiprocessing_options=alone.options(),
       ),
     )
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -19,7 +20,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   # In the same folder, as a rename is atomic only within one file system.
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  temporary = _beside(path, "tmp")
   try:
     yield temporary
     os.replace(temporary, path)
@@ -38,8 +39,7 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """
   path = pathlib.Path(path).absolute()
   path.parent.mkdir(parents=True, exist_ok=True)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  before = path.with_name(f".{path.name}.{os.getpid()}.old")
+  temporary, before = _beside(path, "tmp"), _beside(path, "old")
   try:
     yield temporary
     if path.exists():
@@ -51,3 +51,8 @@ def replacing_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         shutil.rmtree(leftover)
       else:
         leftover.unlink(missing_ok=True)
+
+
+def _beside(path: pathlib.Path, kind: str) -> pathlib.Path:
+  """A hidden path that nobody else uses: on other machines processes have the same numbers."""
+  return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{kind}")

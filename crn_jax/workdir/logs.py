@@ -13,11 +13,12 @@ from absl import logging
 from clu import metric_writers
 from PIL import Image
 
+from crn_jax.parallel import is_primary
 from crn_jax.workdir import files, history
 
 
 class Log:
-  """Writes scalars and images of a run; a context manager.
+  """Writes scalars and images of a run, in the primary process only; a context manager.
 
   `metrics.jsonl` has one object a line: {"step", "epoch", name: value, ...}. A full disk costs
   records, never the run: what cannot be written is dropped with a warning.
@@ -26,17 +27,22 @@ class Log:
   def __init__(self, workdir: str | os.PathLike, start_step: int):
     """Opens both; records beyond `start_step`, of steps that will be done again, are removed."""
     self._path = pathlib.Path(workdir) / history.NAME
-    drop_records_after(self._path, start_step)
-    self._writer = metric_writers.SummaryWriter(str(workdir))
+    self._writer = None
+    if is_primary():
+      drop_records_after(self._path, start_step)
+      self._writer = metric_writers.SummaryWriter(str(workdir))
 
   def __enter__(self) -> "Log":
     return self
 
   def __exit__(self, *_) -> None:
-    self._attempt(self._writer.close)
+    if self._writer is not None:
+      self._attempt(self._writer.close)
 
   def scalars(self, step: int, epoch: float, values: dict[str, float]) -> None:
     """Records values of a step, e.g. {'train/local/total': 1.5}."""
+    if self._writer is None:
+      return
     record = json.dumps({"step": step, "epoch": round(epoch, 4), **values})
     self._attempt(lambda: append_line(self._path, record))
     self._attempt(lambda: self._writer.write_scalars(step, values))
@@ -44,7 +50,7 @@ class Log:
 
   def pictures(self, step: int, paths: Iterable[pathlib.Path]) -> None:
     """Shows picture files in TensorBoard."""
-    for path in paths:
+    for path in paths if self._writer is not None else ():
       with Image.open(path) as picture:
         batch = {f"pictures/{path.stem}": np.asarray(picture.convert("RGB"))[None]}
       self._attempt(lambda batch=batch: self._writer.write_images(step, batch))

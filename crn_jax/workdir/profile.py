@@ -6,18 +6,20 @@ from typing import Any
 
 import jax
 
+from crn_jax.parallel import is_primary
+
 
 class Profile:
   """Records steps `first` to `last` into a folder; a context manager.
 
   What was under way at its end is still written. A run that continues within the range records the
-  rest of it, one that continues beyond it nothing.
+  rest of it, one that continues beyond it nothing. Of several processes the primary one records.
   """
 
   def __init__(self, folder: str | os.PathLike, steps: Sequence[int]):
     """`steps` is (first, last), counted from 1, or empty for no trace."""
     self._folder = os.fspath(folder)
-    self._first, self._last = steps or (0, 0)
+    self._first, self._last = steps if steps and is_primary() else (0, 0)
     self._recording = False
 
   def __enter__(self) -> "Profile":

@@ -11,7 +11,7 @@ import numpy as np
 import tqdm
 
 from crn_jax.errors import UserError
-from crn_jax.parallel import DataParallel
+from crn_jax.parallel import DataParallel, is_primary
 from crn_jax.workdir import logs
 
 # Seconds between two updates of the bar in a terminal, and between two lines elsewhere.
@@ -22,8 +22,8 @@ _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
 class Progress:
   """The progress of a training, and the metrics of the steps since they were last read.
 
-  A bar in a terminal, else a line every half minute. Metrics stay on the device until they are
-  read, so that no step waits for the one before.
+  A bar in a terminal, else a line every half minute, in the primary process only. Metrics stay on
+  the device until they are read, so that no step waits for the one before.
   """
 
   def __init__(self, config, start: int, total_steps: int, steps_per_epoch: int, stride: int = 1):
@@ -45,7 +45,7 @@ class Progress:
     self._latest = ""
     self._shown = time.monotonic()
     self._bar = None
-    if sys.stderr.isatty():
+    if is_primary() and sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         initial=start, total=total_steps, bar_format=_BAR, mininterval=0, dynamic_ncols=True
       )
@@ -98,7 +98,9 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Prints a line; the time until now does not count as training."""
-    if self._bar is None:
+    if not is_primary():
+      pass
+    elif self._bar is None:
       print(text, flush=True)
     else:
       self._bar.write(text)
@@ -106,6 +108,8 @@ class Progress:
 
   def _show(self) -> None:
     self._shown = time.monotonic()
+    if not is_primary():
+      return
     rate = self._rate_now()
     parts = []
     if rate:

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from crn_jax.errors import UserError
-from crn_jax.workdir import files
+from crn_jax.workdir import alone, files
 
 _TABLE = "relative_position_bias_table"
 _POSITIONS = "position_embedding"
@@ -31,7 +31,7 @@ def read_metadata(path: str | os.PathLike) -> dict:
   """
   path = pathlib.Path(path).absolute()
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with alone.checkpointer() as checkpointer:
       return dict(checkpointer.metadata(path).custom_metadata["backbone"])
   except Exception as error:  # Orbax raises many kinds.
     raise UserError(
@@ -68,8 +68,10 @@ def save_backbone(
     (np.ndarray, ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)),
     (jax.Array, ocp.type_handlers.ArrayHandler()),  # Without it Orbax warns.
   )
-  handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-  with files.replacing_folder(path) as partial, ocp.Checkpointer(handler) as checkpointer:
+  with (
+    files.replacing_folder(path) as partial,
+    alone.checkpointer(type_handler_registry=registry) as checkpointer,
+  ):
     checkpointer.save(
       partial, ocp.args.PyTreeSave(variables), custom_metadata={"backbone": metadata}
     )
@@ -91,7 +93,7 @@ def load_backbone(path: str | os.PathLike, like: dict) -> dict:
   Raises:
     UserError: if the folder holds other variables; names the differences.
   """
-  with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+  with alone.checkpointer() as checkpointer:
     folder = pathlib.Path(path).absolute()
     structure = checkpointer.metadata(folder).item_metadata.tree
     arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), structure)
