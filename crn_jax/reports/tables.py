@@ -104,8 +104,8 @@ def result_tables(results: Results) -> list[Table]:
       f"By query, {results.breakdown_protocol}",
       "query",
       [(kind.replace("_", " "), recalls) for kind, recalls in summary.by_query.items()],
-      "image only: the reference's own vector; text only: the text by itself (CRN composes it with "
-      "a zero image).",
+      "image only: the reference's own vector; text only: the text by itself (composed with a zero "
+      "image, where a method composes).",
     )
   )
   if summary.by_text_kind is not None:
