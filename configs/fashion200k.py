@@ -11,7 +11,7 @@ Published R@10 / R@50 (best epoch; the rows of CRN were read second-hand):
 
 import ml_collections
 
-from configs import default
+from configs import default, presets
 
 
 def get_config(names: str = "") -> ml_collections.ConfigDict:
@@ -25,6 +25,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.data.max_words = 8  # "replace A with B" and two markers.
   config.data.resize = 224
   config.data.augment = "none"
-  config.optimizer.max_decay_epoch = 40  # The rate decays once, at epoch 20.
+  if presets.parse(names).decays_with_data:
+    config.optimizer.max_decay_epoch = 40  # The rate decays once, at epoch 20.
   config.eval.best_metric = "test_images/R@10"
   return config

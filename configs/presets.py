@@ -39,6 +39,11 @@ class Chosen:
   equal: bool
 
   @property
+  def decays_with_data(self) -> bool:
+    """Whether the learning rate falls as CRN's does, at epochs that depend on the data set."""
+    return self.equal or self.preset in ("crn", "crn_released", "clvc_net")
+
+  @property
   def label(self) -> str:
     """The preset, with the backbone unless it is the preset's own."""
     own = EQUAL_BACKBONE if self.equal else PRESETS[self.preset].backbone
@@ -149,7 +154,7 @@ def _of_dcnet(config: ml_collections.ConfigDict) -> None:
   config.model.update(feature_dim=1024, word_dim=300, text_encoder="convolution")
   config.optimizer.update(
     learning_rate=1e-4, weight_decay=0.0, decay_every_epochs=1, decay_factor=0.95,
-    max_decay_epoch=config.num_epochs,
+    max_decay_epoch=1_000_000,  # Without end.
   )  # fmt: skip
 
 

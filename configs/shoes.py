@@ -13,7 +13,7 @@ An epoch has about twice as many steps as there are pairs, see data.shoes_pairs.
 
 import ml_collections
 
-from configs import default
+from configs import default, presets
 
 
 def get_config(names: str = "") -> ml_collections.ConfigDict:
@@ -24,6 +24,7 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   config.data.dataset = "shoes"
   config.data.root = "data/shoes"
   config.data.augment = "none"
-  config.optimizer.max_decay_epoch = 30  # The rate decays once, at epoch 20.
+  if presets.parse(names).decays_with_data:
+    config.optimizer.max_decay_epoch = 30  # The rate decays once, at epoch 20.
   config.eval.best_metric = "eval_list/R@10"
   return config

@@ -1,6 +1,6 @@
 """A process among others: how it finds them, joins them and leaves them.
 
-A process that is alone starts nothing here, and JAX is not even imported.
+A process that is alone starts nothing here, and touches no device.
 """
 
 import contextlib
@@ -194,9 +194,12 @@ def _leave(error: BaseException) -> None:
 
   status, text = 1, None
   if isinstance(error, SystemExit):
-    status, text = (error.code, None) if isinstance(error.code, int) else (1, error.code)
+    status, text = (
+      (error.code or 0, None) if isinstance(error.code, int | None) else (1, error.code)
+    )
   elif _LOST.search(str(error)):
-    text = f"error: {_joined.last_words}"
+    # The cause, too: a network that cannot be set up reads alike, in all processes.
+    text = f"{type(error).__name__}: {error}\nerror: {_joined.last_words}"
   else:
     traceback.print_exception(error)
   if text is not None:

@@ -14,15 +14,18 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+import ml_collections
 from jax._src.distributed import global_state  # There is no public way to the key-value store.
 from jax.experimental import multihost_utils
 
 from crn_jax.errors import UserError
+from crn_jax.input_pipeline.dataset import EvalSplit, evaluation_fingerprint
 from crn_jax.parallel import is_primary
+from crn_jax.workdir import run
 
 _T = TypeVar("_T")
 
@@ -128,6 +131,41 @@ def check_equal(what: dict[str, Any], mend: str) -> None:
         f"{name}: {values[i]} in process {i}, {values[0]} in process 0; it must be the same in all "
         f"processes. {mend}"
       )
+
+
+def check_alike(config: ml_collections.ConfigDict) -> None:
+  """Checks that all processes have as many devices, and the same configuration but for where data
+  lie.
+
+  Raises:
+    UserError: in all processes, if they do not.
+  """
+  fields = run.flat(run.as_json(config))
+  check_equal(
+    {"the number of devices": jax.local_device_count()},
+    "Show every process as many (CUDA_VISIBLE_DEVICES, or JAX_LOCAL_DEVICE_IDS)",
+  )
+  check_equal(
+    {
+      f"{name} (configuration)": value
+      for name, value in fields.items()
+      if name not in ("data.root", "data.prepared")
+    },
+    "Start the same command everywhere",
+  )
+
+
+def check_same_queries(splits: Sequence[EvalSplit]) -> None:
+  """Checks that all processes are to evaluate the same queries on the same galleries.
+
+  Raises:
+    UserError: in all processes, if they are not.
+  """
+  if jax.process_count() > 1:
+    check_equal(
+      {"what is evaluated (a digest of queries and galleries)": evaluation_fingerprint(splits)},
+      "Give every machine the same data: an image that is missing on one changes what is ranked",
+    )
 
 
 def check_shared(folder: pathlib.Path) -> None:

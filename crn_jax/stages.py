@@ -28,6 +28,11 @@ def fine_tuning(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict 
   return first
 
 
+def is_first(config: ml_collections.ConfigDict) -> bool:
+  """Whether a configuration is that of a training before another one."""
+  return config.method == _METHOD
+
+
 def towers(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
   """Folder of the weights of the towers on whose features a run learns."""
   if config.finetune.num_epochs:

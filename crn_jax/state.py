@@ -74,28 +74,32 @@ def abstract(method: Method) -> TrainState:
   return jax.eval_shape(lambda: of_variables(method, tx, method.init(jax.random.key(0))))
 
 
-def trained(
-  method: Method, workdir: str | os.PathLike, which: str | None = None
-) -> tuple[int, Variables]:
-  """Step and variables of a run's checkpoint, as evaluation reads them: without Adam's moments.
+def chosen_step(workdir: str | os.PathLike, which: str | None = None) -> int:
+  """Step of a run's checkpoint.
 
   Args:
-    method: of the run.
     workdir: of the run.
     which: 'best' or 'last'; None is the best, if one was chosen, or else the last.
 
   Raises:
     UserError: there is no such checkpoint.
   """
+  folder = pathlib.Path(workdir) / "checkpoints"
+  with CheckpointReader(folder) as checkpoints:
+    steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
+  step = steps[which] if which else next((s for s in steps.values() if s is not None), None)
+  if step is None:
+    raise UserError(f"{folder}: holds no {f'{which} ' if which else ''}checkpoint")
+  return step
+
+
+def trained(method: Method, workdir: str | os.PathLike, step: int) -> Variables:
+  """Variables of a run's checkpoint, as evaluation reads them: without Adam's moments."""
   like, folder = abstract(method), pathlib.Path(workdir) / "checkpoints"
   params = like.evaluated_field
   with CheckpointReader(folder) as checkpoints:
-    steps = {"best": checkpoints.best_step(), "last": max(checkpoints.steps(), default=None)}
-    step = steps[which] if which else next((s for s in steps.values() if s is not None), None)
-    if step is None:
-      raise UserError(f"{folder}: holds no {f'{which} ' if which else ''}checkpoint")
     fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-  return step, {"params": fields[params], "batch_stats": fields["batch_stats"]}
+  return {"params": fields[params], "batch_stats": fields["batch_stats"]}
 
 
 def with_pretrained(variables: Variables, folder: str) -> Variables:

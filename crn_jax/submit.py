@@ -48,6 +48,7 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
   workdir = pathlib.Path(workdir)
   processes.check_shared(workdir)
   configuration.check(config, eval_devices=jax.device_count())
+  processes.check_alike(config)
   spec = _spec(config)  # Before anything is read.
   parallel = DataParallel.create(config.parallel.mode)
   trains = registry.METHODS[config.method].trains
@@ -60,10 +61,13 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
     tokenizer = pretrained.new_tokenizer(config, captions=())
     state.check_pretrained(config)
   dataset = processes.primary_first(lambda _: spec.read(config.data), lambda _: "checked")
+  processes.check_same_queries(dataset.evals)
   method = registry.create(config, len(tokenizer), AXIS)
   if trains:
     encoder = feature_training.encoder_of_run(method, parallel, dataset, tokenizer, workdir)
-    step, variables = state.trained(method, workdir, which)
+    # A training may write another one meanwhile.
+    step = processes.on_primary(lambda: state.chosen_step(workdir, which))
+    variables = state.trained(method, workdir, step)
     answered_by = f"the {which} checkpoint (step {step})"
   else:
     encoder = Encoder.create(method, parallel)

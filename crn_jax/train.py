@@ -138,10 +138,7 @@ class Training:
       raise UserError(
         f"method {config.method!r}: there is nothing to train; evaluate it with --mode=eval"
       )
-    processes.check_equal(
-      {"the number of devices": jax.local_device_count()},
-      "Show every process as many (CUDA_VISIBLE_DEVICES, or JAX_LOCAL_DEVICE_IDS)",
-    )
+    processes.check_alike(config)
     parallel = DataParallel.create(config.parallel.mode)
     resumes = bool(checkpoint.steps(workdir / "checkpoints")) and not overwrite
     if resumes:
@@ -162,7 +159,6 @@ class Training:
     # No process writes before all have read.
     processes.check_equal(
       {
-        **{f"{field} (configuration)": value for field, value in common_fields(config).items()},
         "whether a run is continued": resumes,
         "the training triplets": dataset.fingerprint,
         "the number of words": len(vocabulary),
@@ -344,7 +340,8 @@ class Training:
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
         if (plan.saves(step) or stop) and is_primary():
           checkpoints.save(self.parallel.fetch(placed), metric, results)
-        if stop and step < plan.total_steps:
+        # After the last step there is nothing left to stop, but for a training that follows.
+        if stop and (step < plan.total_steps or stages.is_first(config)):
           processes.on_primary(lambda step=step: checkpoints.require(step))
           raise Interrupted(step, stop)
     return placed, evaluation
@@ -398,12 +395,6 @@ class Training:
       what = {"backbone": "backbones", "encoder": "towers"}[self.method.pretrained]
       return f"{what} from {self.towers}, the rest random"
     return "random"
-
-
-def common_fields(config: ml_collections.ConfigDict) -> dict:
-  """The fields of a configuration that are the same in all processes: all but where data lie."""
-  fields = run.flat(run.as_json(config))
-  return {k: v for k, v in fields.items() if k not in ("data.root", "data.prepared")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,6 +460,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   workdir = pathlib.Path(workdir)
   processes.check_shared(workdir)
   configuration.check(config, eval_devices=jax.device_count())
+  processes.check_alike(config)
   if not registry.METHODS[config.method].trains:
     return _evaluate_untrained(config, workdir)
   run.check_trained(workdir)
@@ -572,7 +564,9 @@ def _open_dataset(
   Raises:
     UserError: see `open_dataset`; in all processes.
   """
-  return processes.primary_first(
+  dataset = processes.primary_first(
     lambda told: open_dataset(config.data, train=train, known_digest=told or known_digest),
     lambda dataset: dataset.image_digest,
   )
+  processes.check_same_queries(dataset.evals)
+  return dataset

@@ -21,7 +21,7 @@ ALLOWED = {
   "cluster": set(),
   "models": set(),
   "parallel": set(),
-  "processes": {"parallel"},
+  "processes": {"input_pipeline.dataset", "parallel", "workdir.run"},
   "workdir": {"parallel", "models.backbones.stacking"},
   "methods": {"models"},
   "input_pipeline": {"workdir.files"},

@@ -81,7 +81,7 @@ def _of_run(path: pathlib.Path) -> Model:
       f"pictures yet; give its towers, e.g. {path / 'towers' / 'weights'} or the folder that it "
       f"began from ({config.model.pretrained})"
     )
-  _, variables = state.trained(method, path)
+  variables = state.trained(method, path, state.chosen_step(path))
   return _model(path, method, variables, tokenizer)
 
 

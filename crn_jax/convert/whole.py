@@ -99,6 +99,11 @@ def convert(
   sizes = {kind: _sizes(half) for kind, half in halves.items()}
   if sizes["local"] != sizes["global"]:
     raise UserError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
+  if config.method != "crn":
+    raise UserError(
+      f"--config: its method is {config.method!r}; a whole model is one of CRN or CLVC-Net: name a "
+      f"configuration with the preset crn_released or clvc_net after the colon"
+    )
   config = config.copy_and_resolve_references()
   before = run.flat(run.as_json(config.model))
   with config.unlocked():
@@ -195,21 +200,7 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
     if step is None:
       raise UserError(f"{workdir / 'checkpoints'}: holds no checkpoint")
     variables = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-  parts, names = {}, "names of the PyTorch release"
-  if config.method == "single":
-    names = "its backbone's names in timm or torchvision"
-    for collection in variables.values():
-      tree = {k: v for k, v in collection["single"].items() if k == "backbone"}
-      tensors = release.export_branch("local", tree)
-      parts.setdefault("backbone", {}).update(
-        {name.removeprefix(release.BACKBONE): array for name, array in tensors.items()}
-      )
-  else:
-    # CLVC-Net has neither HAT nor the relation, whose parameters are there but untrained.
-    left_out = () if config.model.aggregation != "none" else ("relation",)
-    for kind, collection in itertools.product(crn.BRANCHES, variables.values()):
-      tree = {k: v for k, v in collection[kind].items() if k not in left_out}
-      parts.setdefault(f"{kind}_model", {}).update(release.export_branch(kind, tree))
+  parts, names = _exported(config, variables)
   with files.replacing_folder(target) as partial:
     partial.mkdir()
     for part, tensors in parts.items():
@@ -220,6 +211,28 @@ def export(workdir: str | os.PathLike, target: str | os.PathLike, *, force: bool
     (partial / _VOCABULARY).write_text(json.dumps(word2id, indent=1), encoding="utf-8")
   chosen = "best" if best is not None else "last"
   return f"written {target}: {chosen} checkpoint (step {step}), {names}"
+
+
+def _exported(
+  config: ml_collections.ConfigDict, variables: Variables
+) -> tuple[dict[str, dict[str, np.ndarray]], str]:
+  """Name of a file -> its tensors; and what these are called."""
+  if config.method == "single":
+    backbone_only = [{"backbone": tree["single"]["backbone"]} for tree in variables.values()
+                     if "backbone" in tree["single"]]  # fmt: skip
+    tensors = {
+      name.removeprefix(release.BACKBONE): array
+      for tree in backbone_only
+      for name, array in release.export_branch("local", tree).items()
+    }
+    return {"backbone": tensors}, "its backbone's names in timm or torchvision"
+  # CLVC-Net has neither HAT nor the relation, whose parameters are there but untrained.
+  left_out = () if config.model.aggregation != "none" else ("relation",)
+  parts = {f"{kind}_model": {} for kind in crn.BRANCHES}
+  for kind, collection in itertools.product(crn.BRANCHES, variables.values()):
+    tree = {k: v for k, v in collection[kind].items() if k not in left_out}
+    parts[f"{kind}_model"] |= release.export_branch(kind, tree)
+  return parts, "names of the PyTorch release"
 
 
 def _read(paths: list[pathlib.Path]) -> dict[str, _Half]:

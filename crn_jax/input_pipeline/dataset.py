@@ -289,6 +289,18 @@ class DatasetSpec:
   submission: SubmissionSpec | None = None
 
 
+def evaluation_fingerprint(splits: Sequence[EvalSplit]) -> str:
+  """Digest of what is asked and what is ranked, by ids: see `fingerprint`."""
+  digest = hashlib.sha256()
+  for split in splits:
+    queries = split.queries
+    texts = [list(text) for text in queries.texts]
+    digest.update(json.dumps([split.name, split.image_ids, texts]).encode())
+    for rows in (queries.reference, queries.target, *split.galleries.values()):
+      digest.update(np.asarray(rows, np.int64).tobytes())
+  return digest.hexdigest()
+
+
 def fingerprint(split: TrainSplit) -> str:
   """Digest of what decides the course of a training: triplets in their order, and captions.
 

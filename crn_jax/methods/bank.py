@@ -56,10 +56,11 @@ class Bank(FeatureMethod):
     def loss(params):
       queries = rows_of(batch["images"], batch["reference"]) + self._texts(params, batch["tokens"])
       layout = losses.Batch(self.axis_name)
-      return losses.info_nce(
+      share = losses.info_nce(
         queries, batch["images"], batch["counts"], batch["target"], self.config.bank.temperature,
         layout,
       )  # fmt: skip
+      return share, ({}, {})
 
     return self.descend(tx, state, loss)
 

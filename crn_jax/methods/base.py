@@ -156,27 +156,30 @@ class Method(abc.ABC):
     self,
     tx: optax.GradientTransformation,
     state: TrainState,
-    loss: Callable[[Any], jax.Array],
+    loss: Callable[[Any], tuple[jax.Array, tuple[dict, Mapping]]],
   ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update of a method's only part down the gradient of a loss; for use in `update`.
 
     Args:
       tx: optimizer of the part.
       state: before the update.
-      loss: parameters of the part -> this device's share of the loss, see `losses`.
+      loss: parameters of the part -> this device's share of the loss, see `losses`; its terms, name
+        -> share, where there are several; moved running statistics of the part, {} if it has none.
 
     Returns:
-      As `update`: 'part/total', and 'part/grad_norm' before clipping.
+      As `update`: 'part/total', the terms, and 'part/grad_norm' before clipping.
     """
     (part,) = self.parts
-    total, grads = jax.value_and_grad(loss)(state.params[part])
+    (total, (terms, moved)), grads = jax.value_and_grad(loss, has_aux=True)(state.params[part])
+    terms = terms | {"total": total}
     if self.axis_name:
-      total, grads = jax.lax.psum((total, grads), self.axis_name)
+      terms, grads = jax.lax.psum((terms, grads), self.axis_name)
     updates, opt_state = tx.update(grads, state.opt_state[part], state.params[part])
     params = {part: optax.apply_updates(state.params[part], updates)}
     average = self.averaged(state, params)
-    metrics = {f"{part}/total": total, f"{part}/grad_norm": optax.tree.norm(grads)}
-    state = TrainState(state.step + 1, params, state.batch_stats, {part: opt_state}, average)
+    metrics = {f"{part}/{name}": value for name, value in terms.items()}
+    metrics[f"{part}/grad_norm"] = optax.tree.norm(grads)
+    state = TrainState(state.step + 1, params, {part: moved}, {part: opt_state}, average)
     return state, metrics
 
   def averaged(self, state: TrainState, params: dict) -> dict:

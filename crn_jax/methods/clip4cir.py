@@ -43,7 +43,7 @@ class FineTuning(EncoderMethod):
       reference, target = jnp.split(images, 2)
       text = self._apply(params, DualEncoder.encode_texts, batch["tokens"]).vectors
       layout = losses.Batch(self.axis_name)
-      return losses.classification(reference + text, target, LOGIT_SCALE, layout)
+      return losses.classification(reference + text, target, LOGIT_SCALE, layout), ({}, {})
 
     return self.descend(tx, state, loss)
 
@@ -93,7 +93,7 @@ class Clip4Cir(FeatureMethod):
         {"params": params}, batch["reference"], batch["text"], train=True, rngs={"dropout": key}
       )
       layout = losses.Batch(self.axis_name)
-      return losses.classification(queries, batch["target"], LOGIT_SCALE, layout)
+      return losses.classification(queries, batch["target"], LOGIT_SCALE, layout), ({}, {})
 
     return self.descend(tx, state, loss)
 

@@ -26,7 +26,8 @@ def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total
     UserError: on an unknown schedule.
   """
   if config.schedule == "step":
-    epochs = range(config.decay_every_epochs, config.max_decay_epoch, config.decay_every_epochs)
+    end = min(config.max_decay_epoch, -(-total_steps // steps_per_epoch))
+    epochs = range(config.decay_every_epochs, end, config.decay_every_epochs)
     decay = optax.piecewise_constant_schedule(
       config.learning_rate, {epoch * steps_per_epoch: config.decay_factor for epoch in epochs}
     )

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import ml_collections
-import optax
 
 from crn_jax.errors import UserError
 from crn_jax.methods import losses
@@ -101,18 +100,9 @@ class SingleBranch(Method):
       total = sum(self.config.loss[name] * value for name, value in terms.items())
       return total, (terms, moved.get("batch_stats", {}))
 
-    (total, (terms, moved)), grads = jax.value_and_grad(loss, has_aux=True)(state.params[_PART])
-    terms = terms | {"total": total}
-    if self.axis_name:  # Every device has its share, see `losses`.
-      terms, grads = jax.lax.psum((terms, grads), self.axis_name)
-    updates, opt_state = tx.update(grads, state.opt_state[_PART], state.params[_PART])
-    params = {_PART: optax.apply_updates(state.params[_PART], updates)}
-    metrics = {f"{_PART}/{name}": value for name, value in terms.items()}
-    metrics[f"{_PART}/grad_norm"] = optax.tree.norm(grads)
-    metrics[f"{_PART}/vector_scale"] = state.params[_PART]["vector_scale"][0]
-    average = self.averaged(state, params)
-    state = TrainState(state.step + 1, params, {_PART: moved}, {_PART: opt_state}, average)
-    return state, metrics
+    length = state.params[_PART]["vector_scale"][0]
+    state, metrics = self.descend(tx, state, loss)
+    return state, metrics | {f"{_PART}/vector_scale": length}
 
   def _terms(self, queries, targets, pairs, length) -> dict[str, jax.Array]:
     """This device's shares of the losses with a weight, by name; no term is computed for naught."""

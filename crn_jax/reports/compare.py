@@ -202,11 +202,13 @@ def published_tables(runs: Sequence[Run]) -> list[tables.Table]:
   shown = []
   for dataset in dict.fromkeys(run.config["data.dataset"] for run in runs):
     own = [run for run in runs if run.config["data.dataset"] == dataset]
-    rows = published.rows_of(dataset, [run.config["preset"] for run in own])
+    rows = published.rows_of(dataset, [run.config["preset"] for run in own if _is_preset(run)])
     for protocol in dict.fromkeys(row.protocol for row in rows):
-      known = [row for row in rows if row.protocol == protocol]
       measured = [(run.name, _measured(run, protocol)) for run in own]
       parts = {part for _, values in measured for part in values}
+      known = [row for row in rows if row.protocol == protocol and parts & row.percent.keys()]
+      if not known:
+        continue
       columns = {
         (part, metric): None
         for row in known
@@ -226,6 +228,12 @@ def published_tables(runs: Sequence[Run]) -> list[tables.Table]:
       note = "Published: sources in docs/results.md; best epoch on these queries, as papers choose."
       shown.append(tables.Table(title, header, tuple(cells), note))
   return shown
+
+
+def _is_preset(run: Run) -> bool:
+  """Whether the composition is the preset's, not one that was put in its place."""
+  composition = run.config.get("model.composition")
+  return composition is None or f"{run.config['preset']}_".startswith(f"{composition}_")
 
 
 def _measured(run: Run, protocol: str) -> dict[str, Mapping[str, float]]:

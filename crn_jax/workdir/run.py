@@ -30,7 +30,8 @@ FREE_FIELDS = (
 # Those that say on what data another evaluation is made.
 _DATA_FIELDS = ("name", "data.dataset", "data.category", "data.captions", "data.shoes_pairs")
 
-# Fields that are newer than some runs, and what those runs did.
+# Fields that are newer than some runs, and what those runs did. Each by its full name: a group may
+# be older than a field in it.
 _ADDED = {
   "method": "crn",
   "profile_steps": [],
@@ -54,28 +55,24 @@ _ADDED = {
   "optimizer.epsilon": 1e-8,
   "clip4cir.dropout": 0.5,
   "bank.temperature": 0.02,
-  "finetune": {
-    "num_epochs": 0,
-    "batch_size": 128,
-    "evaluate_every_epochs": 1,
-    "optimizer": {
-      "learning_rate": 3e-5,
-      "algorithm": "adam",
-      "momentum": 0.9,
-      "weight_decay": 1e-6,
-      "betas": [0.9, 0.999],
-      "epsilon": 1e-8,
-      "schedule": "step",
-      "decay_every_epochs": 20,
-      "decay_factor": 0.1,
-      "max_decay_epoch": 20,
-      "warmup_steps": 0,
-      "clip_norm": 0.0,
-      "logit_scale_rate": 1.0,
-      "backbone_rate": 1.0,
-      "ema_decay": 0.0,
-    },
-  },
+  "finetune.num_epochs": 0,
+  "finetune.batch_size": 128,
+  "finetune.evaluate_every_epochs": 1,
+  "finetune.optimizer.learning_rate": 3e-05,
+  "finetune.optimizer.algorithm": "adam",
+  "finetune.optimizer.momentum": 0.9,
+  "finetune.optimizer.weight_decay": 1e-06,
+  "finetune.optimizer.betas": [0.9, 0.999],
+  "finetune.optimizer.epsilon": 1e-08,
+  "finetune.optimizer.schedule": "step",
+  "finetune.optimizer.decay_every_epochs": 20,
+  "finetune.optimizer.decay_factor": 0.1,
+  "finetune.optimizer.max_decay_epoch": 20,
+  "finetune.optimizer.warmup_steps": 0,
+  "finetune.optimizer.clip_norm": 0.0,
+  "finetune.optimizer.logit_scale_rate": 1.0,
+  "finetune.optimizer.backbone_rate": 1.0,
+  "finetune.optimizer.ema_decay": 0.0,
   "zero_shot.query": "sum",
   "zero_shot.slerp_weight": 0.5,
 }

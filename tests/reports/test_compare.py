@@ -78,6 +78,20 @@ class TestResult:
     assert rows["published: clvc_net, ResNet-50"] == ["29.85", "56.47"]
     assert "published: crn, Swin-L" in compare.compare(runs, tmp_path / "out")
 
+  def test_means_are_not_put_beside_one_category(self, add):
+    runs = [add(name, change=lambda c: c.update(preset="dcnet")) for name in "ab"]
+    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+
+  def test_another_composition_in_a_presets_place_is_not_that_method(self, add):
+    def change(config):
+      config.preset, config.model.composition = "tirg_equal", "attended"
+
+    runs = [add(name, change=change) for name in "ab"]
+    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+    change = lambda c: c.model.update(composition="tirg") or c.update(preset="tirg_equal")  # noqa: E731
+    (table,) = compare.published_tables([compare.load(add("c", change=change), "c")])
+    assert [name for name, _ in table.rows] == ["c", "published: tirg, ResNet-50"]
+
   def test_published_numbers_are_those_of_the_docs(self):
     text = (pathlib.Path(crn_jax.__file__).parents[1] / "docs" / "results.md").read_text()
     for row in published.ROWS:

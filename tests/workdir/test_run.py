@@ -65,6 +65,25 @@ def test_settings_are_the_same_whatever_version_began_the_run(tmp_path):
   assert run.settings(config) == new | {"model.remat": "full"}
 
 
+@pytest.mark.parametrize("name", run._ADDED)
+def test_a_run_that_is_older_than_one_field_is_continued(name, tmp_path):
+  config = default.get_config()
+  config.model.remat = "none"  # The one whose default changed.
+  run.save_config(config, tmp_path)
+  old = json.loads((tmp_path / "config.json").read_text())
+  *groups, field = name.split(".")
+  group = old
+  for key in groups:
+    group = group[key]
+  del group[field]
+  run.write_json(old, tmp_path / "config.json")
+  run.check_config(config, tmp_path, free=())
+  assert (
+    run.load_config(tmp_path).to_dict()
+    == run.ml_collections.ConfigDict(run.as_json(config)).to_dict()
+  )
+
+
 def test_damaged_configuration_file_is_named(tmp_path):
   (tmp_path / "config.json").write_text("{")
   with pytest.raises(ValueError, match="config.json: not valid JSON"):
