@@ -130,7 +130,7 @@ def signal_at(folder: str, step: int, stepped):
   return signalled
 
 
-@pytest.mark.parametrize(("folder", "step"), [("towers", 1), ("towers", 2), ("", 2)])
+@pytest.mark.parametrize(("folder", "step"), [("towers", 1), ("towers", 2), ("towers", 4), ("", 2)])
 def test_a_run_that_was_stopped_ends_with_the_same_state(finished, root, tmp_path, folder, step):
   """In either training: parameters, optimizer, losses, results, bit by bit."""
   preset, workdir, _ = finished

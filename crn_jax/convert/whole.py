@@ -94,16 +94,16 @@ def convert(
       do not belong together.
   """
   backbone.check_target(target, force)
-  halves = _read(paths)
-  words = _vocabulary(halves)
-  sizes = {kind: _sizes(half) for kind, half in halves.items()}
-  if sizes["local"] != sizes["global"]:
-    raise UserError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
   if config.method != "crn":
     raise UserError(
       f"--config: its method is {config.method!r}; a whole model is one of CRN or CLVC-Net: name a "
       f"configuration with the preset crn_released or clvc_net after the colon"
     )
+  halves = _read(paths)
+  words = _vocabulary(halves)
+  sizes = {kind: _sizes(half) for kind, half in halves.items()}
+  if sizes["local"] != sizes["global"]:
+    raise UserError(f"{paths[0]}, {paths[1]}: of different sizes: {sizes}")
   config = config.copy_and_resolve_references()
   before = run.flat(run.as_json(config.model))
   with config.unlocked():

@@ -179,6 +179,13 @@ def test_it_is_evaluated_and_trained_further(converted, config, quick_compile):
   assert Vocabulary.load(workdir / "vocab.json").words == words
 
 
+@pytest.mark.parametrize("names", ["tirg", "clip4cir"])
+def test_a_configuration_of_another_method_is_refused(names, tmp_path):
+  with pytest.raises(UserError, match="its method is .* name a configuration with"):
+    whole.convert([tmp_path / "local", tmp_path / "global"], tmp_path / "out",
+                  default.get_config(names))  # fmt: skip
+
+
 def test_files_that_do_not_belong_together_are_refused(modules, files, config, tmp_path):
   local = files / "local_model.pt"
   with pytest.raises(UserError, match="both are local models"):

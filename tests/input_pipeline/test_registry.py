@@ -12,6 +12,7 @@ from configs import default
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.input_pipeline.checks import verify
+from crn_jax.input_pipeline.dataset import evaluation_fingerprint
 from crn_jax.input_pipeline.demo import generate
 from tests import cir_folders
 
@@ -73,6 +74,19 @@ def test_fingerprint_is_that_of_the_train_triplets(root, tmp_path):
   assert open_shirts(root).fingerprint == fingerprint
   (root / "resized_image/shirt/S000000001.jpg").unlink()
   assert open_shirts(root, on_missing="skip").fingerprint != fingerprint
+
+
+def test_fingerprint_of_what_is_evaluated(root, tmp_path):
+  def found(folder, **choices):
+    return evaluation_fingerprint(open_shirts(folder, train=False, **choices).evals)
+
+  fingerprint = found(root)
+  other = pathlib.Path(shutil.copytree(MINI, tmp_path / "other"))
+  (other / "resized_image").rename(other / "images")
+  assert found(other) == fingerprint
+  (gallery, *_) = open_shirts(root, train=False).evals[0].image_paths
+  pathlib.Path(gallery).unlink()
+  assert found(root, on_missing="skip") != fingerprint
 
 
 def test_the_demo_is_drawn_in_the_home_folder_and_has_ceilings(tmp_path, monkeypatch):
