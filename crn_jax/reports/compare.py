@@ -61,7 +61,8 @@ def compare(workdirs: Sequence[str | os.PathLike], out: str | os.PathLike) -> st
   picture, html = out / "compare.png", out / "compare.html"
   draw(runs, picture)
   warnings, differing = not_comparable(runs), differences(runs)
-  results = result_tables(runs) + published_tables(runs)
+  evaluated, *others = result_tables(runs)
+  results = [evaluated, *paper_tables(runs), *others]
   page.write(
     "compare.html",
     html,
@@ -196,38 +197,43 @@ def result_tables(runs: Sequence[Run]) -> list[tables.Table]:
   return shown
 
 
-def published_tables(runs: Sequence[Run]) -> list[tables.Table]:
-  """As papers print it: a row a run, then the published rows of the same methods; a table a
-  protocol and data set. None of data that nobody published on."""
+def paper_tables(runs: Sequence[Run]) -> list[tables.Table]:
+  """As papers print it: a row a run, then the published rows of the same methods.
+
+  A table for each data set, in the protocol of the breakdown and in those of the published rows.
+  """
   shown = []
   for dataset in dict.fromkeys(run.config["data.dataset"] for run in runs):
     own = [run for run in runs if run.config["data.dataset"] == dataset]
     rows = published.rows_of(dataset, [run.config["preset"] for run in own if _is_preset(run)])
-    for protocol in dict.fromkeys(row.protocol for row in rows):
+    protocols = [run.results.breakdown_protocol for run in own] + [row.protocol for row in rows]
+    for protocol in dict.fromkeys(protocols):
       measured = [(run.name, _measured(run, protocol)) for run in own]
-      parts = {part for _, values in measured for part in values}
-      known = [row for row in rows if row.protocol == protocol and parts & row.percent.keys()]
-      if not known:
-        continue
-      columns = {
-        (part, metric): None
-        for row in known
-        for part, values in row.percent.items()
-        if part in parts
-        for metric in values
-      }
-      lines = measured + [
-        (f"published: {row.preset}, {row.backbone}", row.percent) for row in known
+      parts = {part: None for _, values in measured for part in values}
+      known = [
+        row for row in rows if row.protocol == protocol and parts.keys() & row.percent.keys()
       ]
-      cells = [
-        (name, tuple(tables.Cell(_percent(values, *column)) for column in columns))
-        for name, values in lines
-      ]
-      header = ("", *(" ".join(column).strip() for column in columns))
-      title = f"Beside what was published, {dataset}, {protocol}"
-      note = "Published: sources in docs/results.md; best epoch on these queries, as papers choose."
-      shown.append(tables.Table(title, header, tuple(cells), note))
+      if known or protocol in protocols[: len(own)]:
+        shown.append(_paper_table(f"{dataset}, {protocol}", measured, known, list(parts)))
   return shown
+
+
+def _paper_table(where: str, measured, known: Sequence[published.Published], parts) -> tables.Table:
+  """Columns are what was published; if nothing was, what was measured."""
+  lines = [(f"published: {row.preset}, {row.backbone}", row.percent) for row in known]
+  of = [values for _, values in (lines or measured)]
+  columns = [
+    (part, metric)
+    for part in parts
+    for metric in sorted({m for v in of for m in v.get(part, ())}, key=metrics.order)
+  ]
+  rows = [
+    (name, tuple(tables.Cell(_percent(values, *column)) for column in columns))
+    for name, values in measured + lines
+  ]
+  header = ("", *(" ".join(column).strip() for column in columns))
+  note = "Published: sources in docs/results.md; best epoch on these queries, as papers choose."
+  return tables.Table(f"A row a run: {where}", header, tuple(rows), note if known else "")
 
 
 def _is_preset(run: Run) -> bool:

@@ -69,7 +69,7 @@ class TestResult:
 
   def test_published_numbers_of_the_methods_stand_beside_measured_ones(self, add, tmp_path):
     runs = [add("a"), add("b", change=lambda c: c.update(preset="clvc_net_equal"))]
-    (table,) = compare.published_tables([compare.load(r, r.name) for r in runs])
+    (table,) = compare.paper_tables([compare.load(r, r.name) for r in runs])
     assert table.header == ("", "dress R@10", "dress R@50")
     rows = {name: [cell.text for cell in cells] for name, cells in table.rows}
     measured = json.loads((runs[0] / "eval.json").read_text())["protocols"]["val_split"]
@@ -80,16 +80,18 @@ class TestResult:
 
   def test_means_are_not_put_beside_one_category(self, add):
     runs = [add(name, change=lambda c: c.update(preset="dcnet")) for name in "ab"]
-    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+    (table,) = compare.paper_tables([compare.load(r, r.name) for r in runs])
+    assert [name for name, _ in table.rows] == ["a", "b"]
 
   def test_another_composition_in_a_presets_place_is_not_that_method(self, add):
     def change(config):
       config.preset, config.model.composition = "tirg_equal", "attended"
 
     runs = [add(name, change=change) for name in "ab"]
-    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+    (table,) = compare.paper_tables([compare.load(r, r.name) for r in runs])
+    assert [name for name, _ in table.rows] == ["a", "b"]
     change = lambda c: c.model.update(composition="tirg") or c.update(preset="tirg_equal")  # noqa: E731
-    (table,) = compare.published_tables([compare.load(add("c", change=change), "c")])
+    (table,) = compare.paper_tables([compare.load(add("c", change=change), "c")])
     assert [name for name, _ in table.rows] == ["c", "published: tirg, ResNet-50"]
 
   def test_published_numbers_are_those_of_the_docs(self):
@@ -108,9 +110,11 @@ class TestResult:
   def test_methods_are_known_by_what_a_run_records(self, preset, methods):
     assert {row.preset for row in published.rows_of("shoes", [preset])} == methods
 
-  def test_a_method_that_was_not_published_has_no_such_table(self, add):
+  def test_methods_that_nobody_published_have_a_row_each(self, add):
     runs = [add(name, change=lambda c: c.update(preset="text_only_equal")) for name in "ab"]
-    assert compare.published_tables([compare.load(r, r.name) for r in runs]) == []
+    (table,) = compare.paper_tables([compare.load(r, r.name) for r in runs])
+    assert table.header == ("", "dress R@1", "dress R@10")
+    assert [name for name, _ in table.rows] == ["a", "b"] and not table.note
 
   def test_only_fields_that_differ_are_listed_and_places_are_not(self, add, tmp_path):
     def elsewhere(config):
