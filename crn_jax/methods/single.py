@@ -5,6 +5,7 @@ are fields of the configuration, so that methods can be compared on equal terms.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
@@ -49,7 +50,7 @@ class SingleBranch(Method):
     """Its class."""
     return COMPOSITIONS[self.config.model.composition]
 
-  @property
+  @functools.cached_property  # The model is traced for it, and every evaluation asks.
   def vector_dim(self) -> int:
     variables = jax.eval_shape(self.init, jax.random.key(0))
     pictures = jax.ShapeDtypeStruct(self._picture.shape, jnp.float32)

@@ -127,7 +127,7 @@ class ResNet(nn.Module):
     *,
     train: bool,
     first_stage: int = 0,
-    modulate: Callable[[str, jax.Array], jax.Array] = lambda name, x: x,
+    modulate: Callable[[jax.Array], jax.Array] = lambda x: x,
   ) -> FeatureMaps:
     """Encodes images.
 
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
       train: normalise by the batch; this moves the running statistics (collection 'batch_stats',
         which must be mutable).
       first_stage: where to begin.
-      modulate: name of a block, what it gives -> what the next one takes.
+      modulate: what a block gives -> what the next one takes; called once a block, in order.
 
     Returns:
       `FeatureMaps`: entry k of `stages` is torchvision's `layer{k + 1}`, h / 4 at the first and
@@ -153,13 +153,12 @@ class ResNet(nn.Module):
     stages = []
     for i, depth in list(enumerate(self.depths))[first_stage:]:
       for j in range(depth):
-        name = stacking.block_name(i, j)
         x = block(
           self.width * 2**i, self.expansion, 2 if i > 0 and j == 0 else 1,
           # A basic block of the first stage changes neither grid nor width.
           j == 0 and (i > 0 or self.expansion != BASIC), self.dtype, self.axis_name,
-          name=name,
+          name=stacking.block_name(i, j),
         )(x, train)  # fmt: skip
-        x = modulate(name, x)
+        x = modulate(x)
       stages.append(x)
     return FeatureMaps(x, tuple(stages))

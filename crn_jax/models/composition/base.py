@@ -1,5 +1,6 @@
 """What every composition offers that `models/single.py` trains: image and text -> query vector."""
 
+import abc
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.layers import dropout
 
 
-class Composition(nn.Module):
+class Composition(nn.Module, abc.ABC):
   """How a method makes vectors of images, and of a reference image and a text.
 
   Attributes:
@@ -39,6 +40,7 @@ class Composition(nn.Module):
   pair_modules: ClassVar[tuple[str, ...]] = ()
   uses_text: ClassVar[bool] = True
 
+  @abc.abstractmethod
   def image(self, features: FeatureMaps, *, train: bool) -> tuple[Any, tuple[jax.Array, ...]]:
     """Encodes images.
 
@@ -50,8 +52,8 @@ class Composition(nn.Module):
       What `compose` needs of a reference image, a tree of arrays [batch, ...]; the vectors by which
       it is found, one a level: [batch, d_k], not normalised.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def compose(
     self, reference: Any, words: jax.Array, mask: jax.Array, *, train: bool
   ) -> tuple[jax.Array, ...]:
@@ -66,7 +68,6 @@ class Composition(nn.Module):
     Returns:
       Query vectors, one a level, as wide as the images' of that level.
     """
-    raise NotImplementedError
 
   def compose_against(
     self,

@@ -41,7 +41,7 @@ class FiLM(Composition):
     ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
     blocks = iter(zip(jnp.split(gamma, ends, -1), jnp.split(beta, ends, -1), strict=True))
 
-    def modulate(name: str, x: jax.Array) -> jax.Array:
+    def modulate(x: jax.Array) -> jax.Array:
       gamma, beta = next(blocks)
       return (1.0 + gamma) * x + beta
 

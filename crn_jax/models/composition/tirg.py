@@ -4,6 +4,8 @@ A query is the reference image, gated, plus a residual: eq. (1)
   f = a_1 f_gate(i, t) + a_2 f_res(i, t),  a learned, starting at (1, 10).
 """
 
+import abc
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,9 +27,9 @@ class _Weights(Composition):
     self.residual = self.branch(gate=False)
     self.weights = self.param("weights", lambda key: jnp.array([1.0, 10.0]))
 
+  @abc.abstractmethod
   def branch(self, gate: bool) -> nn.Module:
     """Part of `setup`: one of the two functions of [image; text]."""
-    raise NotImplementedError
 
   def gated(self, image: jax.Array, both: jax.Array, *, train: bool) -> jax.Array:
     """Eq. (1) of the image side [batch, ..., c] and both sides [batch, ..., c + d]."""
