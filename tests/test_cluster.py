@@ -91,6 +91,14 @@ def finished(processes, limit: float = LIMIT) -> list[tuple[int, str, str]]:
         process.kill()
 
 
+# What its threads print, one into the other's line.
+GLOO = "[Gloo] Rank is connected to peer ranks. Expected number of connected peer ranks is :"
+
+
+def words(text: str) -> set[str]:
+  return set(re.findall("[A-Za-z]+", text))
+
+
 def train_alone(c, workdir):
   """In this process, on four of its devices."""
   original = DataParallel.create
@@ -157,7 +165,7 @@ class TestTraining:
     assert "pmap on 4 x cpu" in first[1]
     assert "retrieval_dress.png" in first[1]
     # One speaks and writes; Gloo greets on its own.
-    assert [line for line in second[1].splitlines() if "[Gloo]" not in line] == []
+    assert words(second[1]) <= words(GLOO)
     assert "step" not in second[2]
     # Of the training, and of its pictures.
     assert len(list(workdir.glob("events.out.tfevents.*"))) == events + 2
