@@ -56,6 +56,20 @@ _PROCESSES = flags.DEFINE_integer(
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
 _JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan, index or search finds as JSON.")
 
+_TOGETHER = ("train", "eval", "submit")  # Modes in which several processes take part.
+
+# Flags that would be ignored in the other modes: who gives one expects something of it.
+_ONLY_WITH = {
+  "config": (*_TOGETHER, "prepare", "plan"),
+  "workdir": (*_TOGETHER, "prepare", "plan", "compare"),
+  "workdirs": ("compare",),
+  "checkpoint": ("eval", "submit"),
+  "overwrite": ("train",),
+  **dict.fromkeys(("coordinator", "processes", "process"), _TOGETHER),
+  "json": ("plan", "index", "search"),
+  **catalogue.ONLY_WITH,
+}
+
 
 def main(argv):
   del argv
@@ -78,12 +92,7 @@ def _main():
 
 
 def _run(mode: str) -> str:
-  together = mode in ("train", "eval", "submit")
-  flags_of_place = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-  if not together and flags_of_place != (None, None, None):
-    raise UserError(
-      f"--mode={mode} runs in one process: leave out --coordinator, --processes and --process"
-    )
+  command_line.check_flags(mode, _ONLY_WITH)
   # Imported here: comparing runs starts neither JAX nor TensorFlow.
   if mode == "compare":
     from crn_jax.reports import compare
@@ -98,7 +107,9 @@ def _run(mode: str) -> str:
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
   from crn_jax import configuration, pretrained, xla
 
-  place = cluster.find(*flags_of_place) if together else None
+  place = None
+  if mode in _TOGETHER:
+    place = cluster.find(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if place is not None:
     xla.tune_alone()
     cluster.join(place, command_line.again())

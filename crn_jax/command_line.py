@@ -10,6 +10,7 @@ import re
 import shlex
 import sys
 import traceback
+from collections.abc import Mapping, Sequence
 from importlib.machinery import SourceFileLoader
 from types import ModuleType
 
@@ -108,6 +109,19 @@ def load(config: str, configs: pathlib.Path) -> ml_collections.ConfigDict:
       f"--config={name}: get_config() gives a {type(loaded).__name__}, not a ConfigDict"
     )
   return loaded
+
+
+def check_flags(mode: str, only_with: Mapping[str, Sequence[str]]) -> None:
+  """Raises UserError for a flag on the command line that has no meaning with the mode.
+
+  Args:
+    mode: the value of --mode.
+    only_with: name of a flag -> modes that it has a meaning with; it has with all if not named.
+  """
+  for flag, modes in only_with.items():
+    if flags.FLAGS[flag].present and mode not in modes:
+      meant = ", ".join(f"--mode={other}" for other in modes)
+      raise UserError(f"--{flag} has no meaning with --mode={mode}; it is for {meant}")
 
 
 def again() -> str:

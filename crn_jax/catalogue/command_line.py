@@ -43,6 +43,14 @@ _BATCH_SIZE = flags.DEFINE_integer(
   lower_bound=1,
 )
 
+# See main.py.
+ONLY_WITH = {
+  **dict.fromkeys(("index", "collection", "model"), MODES),
+  "images": ("index",),
+  **dict.fromkeys(("image", "text", "id", "filter", "k", "min_score", "grid"), ("search",)),
+  **dict.fromkeys(("host", "port", "batch_size"), ("serve",)),
+}
+
 _SHOWN = 20  # Skipped pictures that are listed.
 
 
