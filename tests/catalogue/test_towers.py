@@ -11,7 +11,8 @@ from crn_jax.catalogue.retriever import Retriever
 from crn_jax.catalogue.store import Store
 from crn_jax.convert import backbone
 from crn_jax.errors import UserError
-from crn_jax.input_pipeline import images
+from crn_jax.input_pipeline import loader
+from crn_jax.retrieval.encode import picture_sizing
 from crn_jax.workdir import weights
 from tests import small_towers
 from tests.convert import small_swin
@@ -101,10 +102,10 @@ def test_pictures_are_prepared_as_in_training(max_ratio, towers, tmp_path):
   data.update(max_ratio=max_ratio)
   pixels = np.random.default_rng(0).integers(0, 256, (90, 40, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / "long.png")
-  interpolation = found.method.preprocessing.interpolation
-  trained = images.read(tmp_path / "long.png", data.resize, interpolation, max_ratio)
-  expected = images.center_crop(trained, data.image_size)
-  np.testing.assert_array_equal(encoders.Encoders(found).fit(pixels), expected)
+  (expected, *_) = loader.eval_image_batches(
+    [str(tmp_path / "long.png")], batch_size=1, sizing=picture_sizing(found.method)
+  )
+  np.testing.assert_array_equal(encoders.Encoders(found).fit(pixels), expected[0])
 
 
 def test_a_backbone_alone_is_no_model(tmp_path):

@@ -75,7 +75,9 @@ def test_a_folder_becomes_one_with_description_and_tokenizer(family, folders, tm
     24, 3, 28, 2,
   )  # fmt: skip
   assert found.preprocessing.mean == tuple(small_towers.MEAN)
-  assert found.preprocessing.interpolation == "bicubic"
+  assert (found.preprocessing.interpolation, found.preprocessing.squeeze) == {
+    "clip": ("bicubic", False), "siglip": ("bicubic", True), "siglip2": ("bilinear", False),
+  }[family]  # fmt: skip
   assert found.text.length == small_towers.LENGTH[family]
   jax.tree.map(
     np.testing.assert_array_equal, params_of(tmp_path / "out"), reference(folders[family])
@@ -202,7 +204,10 @@ SPOILT = {
   "too deep": (config_with(**{"text_config.num_hidden_layers": 3}), "missing text_model.encoder.l"),
   "not deep": (config_with(**{"vision_config.num_hidden_layers": 2}), "unexpected vision_model.e"),
   "other pictures": (
-    config_with(**{"vision_config.image_size": 30}),
+    lambda folder: [
+      config_with(**{"vision_config.image_size": 30})(folder),
+      preprocessing_with(**small_towers.preprocessing("clip", 30))(folder),
+    ],
     "position_embedding.weight has shape \\(17, 24\\) where \\(37, 24\\) is expected",
   ),
   "other words": (

@@ -21,12 +21,11 @@ from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 REPOSITORY = pathlib.Path(__file__).parents[2]
 MINI = REPOSITORY / "tests" / "goldens" / "mini_data" / "fashioniq"
 N = 11
+SIZING = images.Sizing(12, 16, "bilinear")
 SETTINGS = {
   "batch_size": 4,
-  "image_size": 12,
-  "resize": 16,
+  "sizing": SIZING,
   "augmentation": "random_crop_flip",
-  "interpolation": "bilinear",
   "seed": 3,
   "num_steps": 7,
 }
@@ -232,24 +231,21 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
       loader.eval_image_batches(
         [str(tmp_path / "absent.jpg")],
         batch_size=2,
-        image_size=12,
-        resize=16,
-        interpolation="bilinear",
+        sizing=SIZING,
       )
     )
 
 
 ABANDON = """
 import sys
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.readers import fashioniq
 from crn_jax.input_pipeline.tokenizers import words
 split = fashioniq.read(sys.argv[1], "dress").train
 vocabulary = words.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(
-  split, vocabulary, batch_size=4, image_size=12, resize=16, augmentation="none",
-  interpolation="bilinear", seed=0,
-  num_steps=1_000_000)
+  split, vocabulary, batch_size=4, sizing=images.Sizing(12, 16, "bilinear"), augmentation="none",
+  seed=0, num_steps=1_000_000)
 next(batches)
 raise RuntimeError("training failed")
 """
@@ -282,7 +278,7 @@ def write_grey_images(folder, n):
 def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
   paths = write_grey_images(tmp_path, n)
   batches = list(
-    loader.eval_image_batches(paths, batch_size=4, image_size=6, resize=8, interpolation="bilinear")
+    loader.eval_image_batches(paths, batch_size=4, sizing=images.Sizing(6, 8, "bilinear"))
   )
   assert [(b.shape, b.dtype) for b in batches] == [((4, 6, 6, 3), np.uint8)] * n_batches
   levels = [int(level) for b in batches for level in b[:, 0, 0, 0]]
@@ -291,7 +287,7 @@ def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
 
 def test_eval_shards_join_to_the_global_batches(tmp_path):
   paths = write_grey_images(tmp_path, 7)
-  sizes = {"batch_size": 4, "image_size": 6, "resize": 8, "interpolation": "bilinear"}
+  sizes = {"batch_size": 4, "sizing": images.Sizing(6, 8, "bilinear")}
   shards = [
     list(loader.eval_image_batches(paths, **sizes, process_index=i, process_count=2))
     for i in range(2)
@@ -301,9 +297,7 @@ def test_eval_shards_join_to_the_global_batches(tmp_path):
 
 
 def test_eval_images_are_the_central_crops(split):
-  batches = loader.eval_image_batches(
-    split.image_paths, batch_size=8, image_size=12, resize=16, interpolation="bilinear"
-  )
+  batches = loader.eval_image_batches(split.image_paths, batch_size=8, sizing=SIZING)
   for image, path in zip(next(batches), split.image_paths, strict=True):
     resized = images.resize_short_side(images.decode(path), 16)
     np.testing.assert_array_equal(image, images.center_crop(resized, 12))

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from crn_jax.input_pipeline import images
 from crn_jax.methods.crn import CRN
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import cases
@@ -134,8 +135,12 @@ class TestWords:
       assert len(self.words(texts, preset)) == table.encode(texts)[1].sum()
 
 
+# As of `made_up.config`.
+SIZING = images.Sizing(32, 32, "bilinear")
+
+
 def attended(split, ranks, chosen, attention) -> cases.Cases:
-  shown = cases.Cases.choose(split, "val_split", ranks)
+  shown = cases.Cases.choose(split, "val_split", ranks, SIZING)
   return dataclasses.replace(
     shown, attended=np.asarray(chosen), attention=attention, attention_notes=CRN.attention_notes
   )
