@@ -62,7 +62,7 @@ class Encoders:
     return np.zeros((side, side, 3), np.uint8)
 
   def fit(self, picture: np.ndarray) -> np.ndarray:
-    """A picture [h, w, 3] uint8 as the model takes it: [S, S, 3] uint8, resized, its middle."""
+    """A picture [h, w, 3] uint8 as the model takes it: [S, S, 3] uint8."""
     sizing = picture_sizing(self.model.method)
     return images.center_crop(images.fit(picture, sizing), sizing.image_size)
 

@@ -1,11 +1,13 @@
 """A folder of converted towers searches as it is: untrained, and without a configuration."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax import pretrained
 from crn_jax.catalogue import encoders, indexing, model
 from crn_jax.catalogue.retriever import Retriever
 from crn_jax.catalogue.store import Store
@@ -92,6 +94,15 @@ def test_another_tokenizer_is_another_model(towers, tmp_path):
   settings = tmp_path / "moved" / "tokenizer" / "tokenizer_config.json"
   settings.write_text(settings.read_text() + "\n" if settings.exists() else "{}")
   assert model.load(tmp_path / "moved").digest != before
+
+
+def test_towers_that_see_pictures_in_another_way_are_another_model(towers, monkeypatch):
+  folder, _ = towers
+  before, described = model.load(folder / "towers"), pretrained.read(str(folder / "towers"))
+  # As towers that were converted before squeezing was known describe themselves.
+  other = dataclasses.replace(described, squeeze=not described.squeeze)
+  monkeypatch.setattr(pretrained, "read", lambda folder: other)
+  assert model.load(folder / "towers").digest != before.digest
 
 
 @pytest.mark.parametrize("max_ratio", [None, 1.25])

@@ -258,6 +258,17 @@ def test_a_description_that_is_none_is_refused_by_field(folders):
     DualEncoderConfig.from_dict(content).with_image_size(3)
 
 
+def test_a_description_from_before_squeezing_is_of_towers_that_crop(folders):
+  content = dual_encoder.read_config(folders["clip"]).to_dict()
+  assert "squeeze" not in content  # So what is kept by the description stays of use.
+  assert not DualEncoderConfig.from_dict(content).preprocessing.squeeze
+  squeezing = dual_encoder.read_config(folders["siglip"])
+  assert squeezing.to_dict()["squeeze"] is True
+  assert DualEncoderConfig.from_dict(squeezing.to_dict()).with_image_size(36).preprocessing.squeeze
+  with pytest.raises(UserError, match="squeeze = 'yes': expected one of True, False"):
+    DualEncoderConfig.from_dict(content | {"squeeze": "yes"})
+
+
 def test_the_hub_is_asked_for_settings_and_tokenizer(monkeypatch, tmp_path):
   asked = {}
 

@@ -83,7 +83,9 @@ def test_batches_have_the_promised_shapes(split, vocabulary):
 
 def test_images_belong_to_their_texts(split, vocabulary):
   """Without augmentation every row is the central crop of the triplet's own images."""
-  for batch in read(split, vocabulary, augmentation="none", resize=14):
+  for batch in read(
+    split, vocabulary, augmentation="none", sizing=images.Sizing(12, 14, "bilinear")
+  ):
     for i, item in enumerate(items_of([batch])):
       for key in ("reference", "target"):
         path = split.image_paths[getattr(split.triplets, key)[item]]
@@ -208,7 +210,11 @@ def test_steps_per_epoch_drops_the_ragged_end():
       r"process_index: .* 0 \.\. 1, got 2",
       ValueError,
     ),
-    ({"resize": 11}, "resize: expected at least image_size = 12", UserError),
+    (
+      {"sizing": images.Sizing(12, 11, "bilinear")},
+      "resize: expected at least image_size = 12",
+      UserError,
+    ),
     ({"augmentation": "flip"}, "augmentation: expected one of", UserError),
     ({"start_step": 8}, r"start_step: expected 0 \.\. num_steps = 7, got 8", ValueError),
     ({"batch_size": 0}, "batch_size", UserError),
@@ -303,13 +309,41 @@ def test_eval_images_are_the_central_crops(split):
     np.testing.assert_array_equal(image, images.center_crop(resized, 12))
 
 
+@pytest.mark.parametrize("max_ratio", [None, 1.25])
+def test_squeezed_images_are_cropped_and_mirrored_at_random(split, vocabulary, max_ratio):
+  sizing = images.Sizing(12, 16, "bicubic", max_ratio, squeeze=True)
+  squeezed = {}
+  for path in split.image_paths:
+    pixels = images.decode(path)
+    if max_ratio:
+      pixels = images.pad_to_ratio(pixels, max_ratio)
+    squeezed[path] = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC))
+  assert len({images.decode(path).shape for path in squeezed}) > 2
+  (batch, *_) = read(split, vocabulary, sizing=sizing)
+  order, draws = loader.epoch_order(N, 3, 0)[:4], loader.epoch_draws(N, 3, 0)[:4]
+  for j, (key, rows) in enumerate((("reference", split.triplets.reference),
+                                   ("target", split.triplets.target))):  # fmt: skip
+    for i, row in enumerate(rows[order]):
+      expected = loader.augment(squeezed[split.image_paths[row]], draws[i, j], 12)
+      np.testing.assert_array_equal(batch[key][i], expected)
+  # Of the towers' own size there is nothing to cut off: only mirroring is left.
+  whole = images.Sizing(16, 16, "bicubic", max_ratio, squeeze=True)
+  (batch, *_) = read(split, vocabulary, sizing=whole)
+  for i, row in enumerate(split.triplets.reference[order]):
+    expected = squeezed[split.image_paths[row]]
+    mirrored = expected[:, ::-1] if draws[i, 0, 2] < 0.5 else expected
+    np.testing.assert_array_equal(batch["reference"][i], mirrored)
+
+
 def test_images_of_the_right_size_arrive_untouched(tmp_path, vocabulary):
   pixels = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
   Image.fromarray(pixels).save(tmp_path / "image.png")
   rows = np.zeros(4, np.int32)
   triplets = Triplets(rows, rows, (("w0",),) * 4)
   split = TrainSplit((str(tmp_path / "image.png"),), triplets, ("w0",))
-  (batch,) = read(split, vocabulary, num_steps=1, resize=12, augmentation="none")
+  (batch,) = read(
+    split, vocabulary, num_steps=1, sizing=images.Sizing(12, 12, "bilinear"), augmentation="none"
+  )
   np.testing.assert_array_equal(batch["reference"], np.stack([pixels] * 4))
 
 
