@@ -12,7 +12,7 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports.cases import TOP, Cases
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary
 from crn_jax.retrieval import metrics, ranking
-from crn_jax.retrieval.encode import Encoded, Encoder
+from crn_jax.retrieval.encode import Encoded, Encoder, picture_sizing
 from crn_jax.retrieval.metrics import Outcome
 
 # split name -> protocol -> kind of query -> what its queries found.
@@ -89,7 +89,8 @@ def cases(
   """
   config = encoder.method.config
   protocol, encoded = breakdown_protocol(config), evaluation.encoded[split.name]
-  shown = Cases.choose(split, protocol, evaluation.outcomes[split.name][protocol]["composed"].ranks)
+  ranks = evaluation.outcomes[split.name][protocol]["composed"].ranks
+  shown = Cases.choose(split, protocol, ranks, picture_sizing(encoder.method))
   # Processes look together: even if their devices rank otherwise, they must agree on where.
   attended = np.asarray(processes.on_primary(shown.attended.tolist), int)
   exclude = excluded_positions(split, protocol, config)[shown.chosen]
@@ -110,7 +111,6 @@ def cases(
     top=top,
     attention=attention,
     attention_notes=encoder.method.attention_notes,
-    interpolation=encoder.method.preprocessing.interpolation,
   )
 
 

@@ -37,7 +37,7 @@ from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel, is_primary
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
-from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.encode import Encoder, picture_sizing
 from crn_jax.retrieval.features import FeatureEncoder, Features
 from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
@@ -358,11 +358,8 @@ class Training:
       self.dataset.train,
       self.vocabulary,
       batch_size=self.config.batch_size,
-      image_size=data.image_size,
-      resize=data.resize,
+      sizing=picture_sizing(self.method),
       augmentation=data.augment,
-      interpolation=self.method.preprocessing.interpolation,
-      max_ratio=data.max_ratio,
       seed=self.config.seed,
       start_step=start,
       num_steps=self.plan.total_steps,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods.base import Method, QueryVectors
@@ -23,6 +23,14 @@ from crn_jax.retrieval import ranking
 
 # Batches of images that the device is given beyond the one whose vectors are fetched.
 _AHEAD = 1
+
+
+def picture_sizing(method: Method) -> images.Sizing:
+  """How the pictures of a method are brought to its size: the one place that says it."""
+  data, preprocessing = method.config.data, method.preprocessing
+  return images.Sizing(
+    data.image_size, data.resize, preprocessing.interpolation, data.max_ratio, preprocessing.squeeze
+  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,15 +171,10 @@ class Encoder:
 
   def _pictures(self, paths: Sequence[str], store: ImageStore | None) -> Iterator:
     """Batches of the images, placed on the devices; the last one is filled up."""
-    config = self.method.config
-    data = config.data
     batches = loader.eval_image_batches(
       paths,
-      batch_size=config.eval.batch_size,
-      image_size=data.image_size,
-      resize=data.resize,
-      interpolation=self.method.preprocessing.interpolation,
-      max_ratio=data.max_ratio,
+      batch_size=self.method.config.eval.batch_size,
+      sizing=picture_sizing(self.method),
       store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),

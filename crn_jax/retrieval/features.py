@@ -18,7 +18,7 @@ from crn_jax.methods import losses
 from crn_jax.methods.features import FeatureMethod, half
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.retrieval import kept_features, ranking
-from crn_jax.retrieval.encode import Encoded
+from crn_jax.retrieval.encode import Encoded, picture_sizing
 from crn_jax.retrieval.kept_features import KeptFeatures
 
 Text = tuple[str, ...]  # The captions of one query.
@@ -168,10 +168,12 @@ class _Frozen:
   def create(cls, method, towers, weights, parallel, tokenizer) -> "_Frozen":
     """Arguments as of `compute`."""
     config, description = method.config, method.encoder_config
-    data, preprocessing = config.data, method.preprocessing
+    preprocessing, sizing = method.preprocessing, picture_sizing(method)
+    pictures = [sizing.resize, sizing.image_size, sizing.max_ratio, sizing.interpolation]
     facts = {
       "image": {
-        "pictures": [data.resize, data.image_size, data.max_ratio, preprocessing.interpolation],
+        # Without a word where nothing is squeezed, as older features have it.
+        "pictures": [*pictures, "squeezed"] if sizing.squeeze else pictures,
         "normalised": [preprocessing.mean, preprocessing.std],
       },
       "text": {},
@@ -179,7 +181,7 @@ class _Frozen:
     halves = {kind: half(towers, kind) for kind in method.frozen}
     kept = {
       kind: KeptFeatures.of(
-        data.features,
+        config.data.features,
         facts[kind] | {
           "kind": kind,
           "weights": weights[kind],
@@ -206,10 +208,7 @@ class _Frozen:
       return loader.eval_image_batches(
         paths[first:last],
         batch_size=config.eval.batch_size,
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        interpolation=self.method.preprocessing.interpolation,
-        max_ratio=config.data.max_ratio,
+        sizing=picture_sizing(self.method),
         store=store,
         process_index=jax.process_index(),
         process_count=jax.process_count(),

@@ -36,9 +36,11 @@ def method(config, name: str = "clip4cir", folder=None):
   return tiny_towers.registry.create(config, tiny_towers.VOCAB_SIZE, AXIS)
 
 
-def compute(made, folder, name="clip4cir", towers=None, mode="shard_map", **changes):
+def compute(made, folder, name="clip4cir", towers=None, mode="shard_map", squeeze=False, **changes):
   config, dataset, words, own = made
   config = config.copy_and_resolve_references()
+  if squeeze:
+    config.model.encoder.squeeze = True
   config.data.update(changes)
   own_method, towers = method(config, name, folder), towers or own
   weights = features.digests(own_method, towers)
@@ -111,7 +113,7 @@ def test_they_are_computed_once_and_again_for_other_weights(made, tmp_path, enco
   assert {kind for kind, _ in encoded[n:]} == {"text"}
 
 
-@pytest.mark.parametrize("changed", [{"max_ratio": None}, {"resize": 40}])
+@pytest.mark.parametrize("changed", [{"max_ratio": None}, {"resize": 40}, {"squeeze": True}])
 def test_pictures_prepared_in_another_way_are_encoded_again(made, tmp_path, encoded, changed):
   compute(made, tmp_path)
   n = len(encoded)
