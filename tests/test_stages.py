@@ -108,15 +108,18 @@ def test_it_has_no_names_in_pytorch_and_says_so(finished, tmp_path):
 
 @pytest.mark.parametrize("folder", ["", "towers"])
 def test_a_catalogue_answers_as_the_runs_own_evaluation(finished, tmp_path, folder):
+  compare_catalogue(finished[1] / folder, tmp_path)
+
+
+def compare_catalogue(workdir, place) -> None:
   """Every picture with its score, of all sorts of queries; the elongated pictures are padded."""
-  workdir = finished[1] / folder
-  paths = [made.picture(tmp_path / "pictures" / f"{i}.png", i, (40, 90 + i)) for i in range(N)]
+  paths = [made.picture(place / "pictures" / f"{i}.png", i, (40, 90 + i)) for i in range(N)]
   texts = ["is red", "is blue with long sleeves", "no shirt and is more green"]
   split, found = evaluated(workdir, paths, texts)
-  with Store(tmp_path / "a.db", create=True) as store:
-    report = indexing.update(store, encoders.Encoders(model.load(workdir)), tmp_path / "pictures")
+  with Store(place / "a.db", create=True) as store:
+    report = indexing.update(store, encoders.Encoders(model.load(workdir)), place / "pictures")
   assert (report.total, report.skipped) == (N, [])
-  with Retriever.open(tmp_path / "a.db", batch_size=4) as retriever:
+  with Retriever.open(place / "a.db", batch_size=4) as retriever:
     for i, text in enumerate(texts):
       for vector, query in (
         (found.composed[i], {"image": paths[i], "text": text}),
@@ -358,6 +361,9 @@ def test_pretrained_towers_are_fine_tuned_and_what_is_left_is_a_folder_of_towers
     start["text"]["encoder"],
     {name: towers[name] for name in ("text", "text_projection")},
   )
+
+  for name in ("clip4cir", "bank"):
+    compare_catalogue(tmp_path / name, tmp_path / f"of_{name}")
 
 
 def config_of_bank(config):
