@@ -33,8 +33,8 @@ from tests.catalogue import made
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
 N = 20  # Pictures of a catalogue.
-# Of cosines: features of another program, of other batches, are summed in another order.
-TOLERANCE = 4e-6
+# Of cosines, some roundings of float32 (1.2e-7 at 1): other batches are summed in another order.
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
