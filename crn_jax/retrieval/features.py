@@ -194,7 +194,8 @@ class _Frozen:
     }  # fmt: skip
 
     def encoder(kind):
-      return lambda params, rows: _gathered(method.features(kind, params, rows))
+      prepare = {"image": preprocessing.normalize, "text": lambda ids: ids}[kind]
+      return lambda params, rows: _gathered(method.features(kind, params, prepare(rows)))
 
     encode = {kind: parallel.map(method.precise(encoder(kind)), REPLICATED) for kind in halves}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
@@ -250,7 +251,7 @@ class FeatureEncoder:
     parallel: layout over devices.
     method: built with the axis `parallel.AXIS`.
     features: of the data set.
-    compose: (variables, references, texts or tokens, mask) -> `QueryVectors`.
+    compose: (variables, references, texts) -> `QueryVectors`, see `compose_features`.
   """
 
   parallel: DataParallel
@@ -269,15 +270,15 @@ class FeatureEncoder:
     """
     parallel.check_batch_size(method.config.eval.batch_size, "eval.batch_size")
 
-    def compose(variables, references, texts, mask):
-      return _gathered(method.compose(variables, (), references, texts, mask))
+    def compose(variables, references, texts):
+      return _gathered(method.compose_features(variables, references, texts))
 
     return cls(parallel, method, features, parallel.map(method.precise(compose), REPLICATED))
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
     """See `Encoder.encode`."""
     features, batch = self.features.evals[split.name], self.method.config.eval.batch_size
-    tokens, mask = vocabulary.encode_all(split.queries.texts)
+    tokens, _ = vocabulary.encode_all(split.queries.texts)
     texts = tokens if features.texts is None else features.texts
     n, width = len(split.queries), self.method.vector_dim
     composed, text_only = np.zeros((n, width), np.float32), np.zeros((n, width), np.float32)
@@ -285,7 +286,7 @@ class FeatureEncoder:
       due = np.arange(start, min(start + batch, n))
       # Padded by repetition to the one compiled shape.
       local = np.split(np.resize(due, batch), jax.process_count())[jax.process_index()]
-      rows = (features.images[split.queries.reference[local]], texts[local], mask[local])
+      rows = (features.images[split.queries.reference[local]], texts[local])
       out = self.parallel.fetch(self.compose(variables, *self.parallel.shard(rows)))
       composed[due], text_only[due] = out.composed[: len(due)], out.text_only[: len(due)]
     images = ranking.empty_features(*features.images.shape)

@@ -147,6 +147,26 @@ def test_tables_are_spread_over_the_devices_and_filled_up(computed):
   np.testing.assert_array_equal(placed["counts"], np.arange(len(placed["counts"])) < n)
 
 
+@pytest.mark.parametrize("name", ["clip4cir", "bank"])
+def test_with_its_towers_a_method_answers_about_pictures_as_about_their_features(
+  name, made, quick_compile, tmp_path
+):
+  config, dataset, words, towers = made
+  parallel, own = DataParallel.create("shard_map"), method(config, name, tmp_path)
+  weights = features.digests(own, towers)
+  found = features.compute(own, towers, weights, parallel, dataset, words)
+  trained = own.init(jax.random.key(1))
+  whole = own.with_towers(trained, towers)
+  assert set(whole["params"]) == {*own.parts, "frozen"}
+  split = dataset.evals[0]
+  kept = FeatureEncoder.create(own, parallel, found).encode(
+    parallel.replicate(trained), split, words
+  )
+  asked = Encoder.create(own, parallel).encode(parallel.replicate(whole), split, words)
+  for kind in ("images", "composed", "text_only"):
+    np.testing.assert_allclose(getattr(asked, kind), getattr(kept, kind), atol=1e-6)
+
+
 def test_evaluation_is_that_of_the_pictures(made, quick_compile, tmp_path):
   """A bank whose text tower is that of the towers answers as these do themselves."""
   config, dataset, words, towers = made
