@@ -6,10 +6,11 @@ on devices is known here only.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -113,8 +114,20 @@ class DataParallel:
     # All copies are started before the first is waited for.
     if self.mode == "shard_map":
       return jax.device_get(tree)
-    one = jax.device_get(jax.tree.map(lambda x: x.addressable_shards[0].data, tree))
+    one = jax.device_get(_of_one_device(tree))
     return jax.tree.map(lambda x: x[0], one)
+
+  def copy(self, tree):
+    """Replicated output -> one copy, of what it is now: programs that donate it leave that alone.
+
+    On one device if that has room, so that the caller need not wait; else on the host.
+    """
+    one = _of_one_device(tree)
+    leaves = jax.tree.leaves(one)
+    (device,) = leaves[0].devices()
+    if not has_room(sum(x.nbytes for x in leaves), device.memory_stats()):
+      return self.fetch(tree)
+    return _copy_row(one) if self.mode == "pmap" else _copy(one)
 
   @property
   def _mesh(self) -> Mesh:
@@ -128,3 +141,32 @@ class DataParallel:
   def _pmap_sharding(self) -> NamedSharding:
     """One row a device of this process: the layout that pmap takes and gives."""
     return NamedSharding(Mesh(np.asarray(self._local_devices), (AXIS,)), P(AXIS))
+
+
+def has_room(size: int, stats: Mapping[str, int] | None) -> bool:
+  """Whether a device can hold more without endangering what was computed on it so far.
+
+  As much again must stay free at the highest use so far: memory is in pieces, and that use holds
+  earlier copies.
+
+  Args:
+    size: bytes.
+    stats: of the device's `memory_stats`; None, or without these numbers, where it does not say.
+  """
+  if not stats or not {"bytes_limit", "peak_bytes_in_use"} <= stats.keys():
+    return False
+  return stats["bytes_limit"] - stats["peak_bytes_in_use"] >= 2 * size
+
+
+def _of_one_device(tree):
+  return jax.tree.map(lambda x: x.addressable_shards[0].data, tree)
+
+
+@jax.jit
+def _copy(tree):
+  return jax.tree.map(jnp.copy, tree)
+
+
+@jax.jit
+def _copy_row(tree):
+  return jax.tree.map(lambda x: x[0], tree)
