@@ -120,12 +120,15 @@ class DataParallel:
   def copy(self, tree):
     """Replicated output -> one copy, of what it is now: programs that donate it leave that alone.
 
-    On one device if that has room, so that the caller need not wait; else on the host.
+    On a device, in milliseconds, where that has room; else on the host, and the caller waits.
     """
     one = _of_one_device(tree)
     leaves = jax.tree.leaves(one)
     (device,) = leaves[0].devices()
-    if not has_room(sum(x.nbytes for x in leaves), device.memory_stats()):
+    # A CPU's memory is the host's.
+    if device.platform != "cpu" and not has_room(
+      sum(x.nbytes for x in leaves), device.memory_stats()
+    ):
       return self.fetch(tree)
     return _copy_row(one) if self.mode == "pmap" else _copy(one)
 

@@ -214,6 +214,7 @@ class Checkpoints(CheckpointReader):
     ]
     return alone.Manager(
       self._folder,
+      item_handlers=alone.waiting_handler(),
       options=ocp.CheckpointManagerOptions(
         enable_async_checkpointing=False,  # It is called in a thread, see `_write`.
         best_fn=rank,
@@ -255,12 +256,12 @@ class Checkpoints(CheckpointReader):
 
   def _write(self, step: int, held: list, metric: float | None, results: dict | None) -> None:
     """Writes the state that is held, and lets go of it as soon as it is on the host."""
-    state = jax.device_get(held.pop())
+    state = jax.tree.map(np.asarray, jax.device_get(held.pop()))
     order = {_METRIC: metric, _ORDER: -step}
     checksums = {field: checksum(tree) for field, tree in _fields(state).items()}
     self._manager.save(
       step,
-      args=ocp.args.StandardSave(state),
+      args=ocp.args.PyTreeSave(state),
       metrics=None if metric is None else order,
       custom_metadata={"checksums": checksums, "results": results, "layout": _STACKED},
     )
