@@ -6,7 +6,7 @@ on devices is known here only.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -125,10 +125,7 @@ class DataParallel:
     one = _of_one_device(tree)
     leaves = jax.tree.leaves(one)
     (device,) = leaves[0].devices()
-    # A CPU's memory is the host's.
-    if device.platform != "cpu" and not has_room(
-      sum(x.nbytes for x in leaves), device.memory_stats()
-    ):
+    if not has_room(device, sum(x.nbytes for x in leaves)):
       return self.fetch(tree)
     return _copy_row(one) if self.mode == "pmap" else _copy(one)
 
@@ -146,17 +143,16 @@ class DataParallel:
     return NamedSharding(Mesh(np.asarray(self._local_devices), (AXIS,)), P(AXIS))
 
 
-def has_room(size: int, stats: Mapping[str, int] | None) -> bool:
-  """Whether a device can hold more without endangering what was computed on it so far.
+def has_room(device: jax.Device, size: int) -> bool:
+  """Whether a device can hold more bytes without endangering what was computed on it so far.
 
-  As much again must stay free at the highest use so far: memory is in pieces, and that use holds
-  earlier copies.
-
-  Args:
-    size: bytes.
-    stats: of the device's `memory_stats`; None, or without these numbers, where it does not say.
+  As much again must be free at the highest use so far: memory is in pieces, and that use holds
+  earlier copies. A CPU's memory is the host's, where a copy would go otherwise.
   """
-  if not stats or not {"bytes_limit", "peak_bytes_in_use"} <= stats.keys():
+  if device.platform == "cpu":
+    return True
+  stats = device.memory_stats() or {}
+  if not {"bytes_limit", "peak_bytes_in_use"} <= stats.keys():
     return False
   return stats["bytes_limit"] - stats["peak_bytes_in_use"] >= 2 * size
 
