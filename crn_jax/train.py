@@ -339,7 +339,7 @@ class Training:
           log.scalars(step, epoch, evaluation.results.scalars())
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
         if (plan.saves(step) or stop) and is_primary():
-          checkpoints.save(self.parallel.fetch(placed), metric, results)
+          checkpoints.save(self.parallel.copy(placed), metric, results)
         # After the last step there is nothing left to stop, but for a training that follows.
         if stop and (step < plan.total_steps or stages.is_first(config)):
           processes.on_primary(lambda step=step: checkpoints.require(step))

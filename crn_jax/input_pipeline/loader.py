@@ -245,11 +245,11 @@ def eval_image_batches(
 
 
 def prefetch_to_device(iterator: Iterable, put: Callable, size: int = 2) -> Iterator:
-  """Keeps `size` batches in flight, so that copying overlaps with computing.
+  """Keeps `size` batches in flight, so that the device need not wait for what is done with one.
 
   Args:
-    iterator: batches on the host.
-    put: starts the copy of one batch and returns at once, e.g. `jax.device_put`.
+    iterator: batches.
+    put: starts work on one batch and returns at once, e.g. its copy by `jax.device_put`.
     size: batches put ahead of the one handed out; at least 1.
 
   Yields:

@@ -5,7 +5,6 @@ after the batch of images that holds their references, and no map outlives its b
 fetched a batch later, so that the device need not wait.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,8 +20,8 @@ from crn_jax.methods.base import Method, QueryVectors
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel, is_primary
 from crn_jax.retrieval import ranking
 
-# Batches of images that the device is given beyond the one whose vectors are fetched.
-_AHEAD = 1
+# Batches that the device is given beyond the one whose vectors are fetched.
+AHEAD = 1
 
 
 def picture_sizing(method: Method) -> images.Sizing:
@@ -116,27 +115,25 @@ class Encoder:
       total=n_images, desc=f"encode {split.name}", unit="image", leave=False,
       disable=None if is_primary() else True,  # None: a log file needs no animation.
     )  # fmt: skip
-    under_way = collections.deque()  # A batch of images: [(array to fill, rows, device array)].
 
-    def finish_one():
-      for array, rows, values in under_way.popleft():
-        array[rows] = self.parallel.fetch(values)[: len(rows)]
-      progress.update(min(batch, n_images - progress.n))
-
-    for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
+    def start(numbered):
+      """A batch of images, with its queries: [(array to fill, rows, device array)]."""
+      i, placed = numbered
       references, image_vectors = self.encode_images(variables, placed)
       started = [(vectors, np.arange(i * batch, min((i + 1) * batch, n_images)), image_vectors)]
       due = np.flatnonzero(split.queries.reference // batch == i)
-      for start in range(0, len(due), batch):
-        queries = due[start : start + batch]
+      for first in range(0, len(due), batch):
+        queries = due[first : first + batch]
         rows = split.queries.reference[queries] % batch
         out = self._compose(shared, references, rows, tokens[queries], mask[queries])
         started += [(composed, queries, out.composed), (text_only, queries, out.text_only)]
-      under_way.append(started)
-      if len(under_way) > _AHEAD:
-        finish_one()
-    while under_way:
-      finish_one()
+      return started
+
+    placed = enumerate(self._pictures(split.image_paths, split.store))
+    for started in loader.prefetch_to_device(placed, start, AHEAD):
+      for array, rows, values in started:
+        array[rows] = self.parallel.fetch(values)[: len(rows)]
+      progress.update(min(batch, n_images - progress.n))
     progress.close()
     return Encoded(vectors, composed, text_only)
 

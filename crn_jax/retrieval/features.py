@@ -5,6 +5,7 @@ Features are kept on disk (`kept_features`). The program holds the tables alone:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from crn_jax.methods import losses
 from crn_jax.methods.features import FeatureMethod, half
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.retrieval import kept_features, ranking
-from crn_jax.retrieval.encode import Encoded, picture_sizing
+from crn_jax.retrieval.encode import AHEAD, Encoded, picture_sizing
 from crn_jax.retrieval.kept_features import KeptFeatures
 
 Text = tuple[str, ...]  # The captions of one query.
@@ -233,7 +234,9 @@ class _Frozen:
   def _rows(self, kind: str, keys: Sequence[str], batches: Callable, show: str) -> np.ndarray:
     def compute(first, last):
       placed = loader.prefetch_to_device(batches(first, last), self.parallel.shard)
-      found = [self.parallel.fetch(self.encode[kind](self.placed[kind], rows)) for rows in placed]
+      encode = functools.partial(self.encode[kind], self.placed[kind])
+      encoded = loader.prefetch_to_device(placed, encode, AHEAD)
+      found = [self.parallel.fetch(features) for features in encoded]
       return np.concatenate(found)[: last - first]
 
     return self.kept[kind].rows(kind, keys, compute, show)
@@ -282,13 +285,17 @@ class FeatureEncoder:
     texts = tokens if features.texts is None else features.texts
     n, width = len(split.queries), self.method.vector_dim
     composed, text_only = np.zeros((n, width), np.float32), np.zeros((n, width), np.float32)
-    for start in range(0, n, batch):
-      due = np.arange(start, min(start + batch, n))
+
+    def start(first):
+      due = np.arange(first, min(first + batch, n))
       # Padded by repetition to the one compiled shape.
       local = np.split(np.resize(due, batch), jax.process_count())[jax.process_index()]
       rows = (features.images[split.queries.reference[local]], texts[local])
-      out = self.parallel.fetch(self.compose(variables, *self.parallel.shard(rows)))
-      composed[due], text_only[due] = out.composed[: len(due)], out.text_only[: len(due)]
+      out = self.compose(variables, *self.parallel.shard(rows))
+      return due, (out.composed, out.text_only)
+
+    for due, values in loader.prefetch_to_device(range(0, n, batch), start, AHEAD):
+      composed[due], text_only[due] = (v[: len(due)] for v in self.parallel.fetch(values))
     images = ranking.empty_features(*features.images.shape)
     images[:] = losses.normalize(features.images)
     return Encoded(images, composed, text_only)
