@@ -138,8 +138,7 @@ def find(
   queries = (encoded.composed, encoded.images[split.queries.reference], encoded.text_only)
   found = {protocol: {} for protocol in split.galleries}
   for kind, vectors in zip(QUERY_KINDS, queries, strict=True):
-    only = {breakdown_protocol(config)} if kind != "composed" else set(found)
-    parts = {protocol: [] for protocol in found if protocol in only}
+    parts = {p: [] for p in found if kind == "composed" or p == breakdown_protocol(config)}
     for rows, added in _pieces(encoded.added.get(kind), len(vectors), len(encoded.images)):
       for protocol, outcomes in parts.items():
         outcomes.append(_find_piece(vectors, rows, added, encoded, split, protocol, config))
