@@ -217,6 +217,40 @@ class Method(abc.ABC):
       mask: [batch, words] bool, False at padding.
     """
 
+  @property
+  def scores_pairs(self) -> bool:
+    """Whether images are ranked by `pair_scores`, too, where a run is evaluated."""
+    return False
+
+  def pair_query(
+    self,
+    variables: Variables,
+    constants: Any,
+    references: jax.Array | None,
+    tokens: jax.Array,
+    mask: jax.Array,
+  ) -> Any:
+    """What `pair_scores` needs of queries: a tree of arrays, of the batch's length or of length 1.
+
+    Args:
+      variables, constants, tokens, mask: as for `compose`.
+      references: [batch, vector_dim] vectors of the reference images; None for the text alone.
+    """
+    raise NotImplementedError
+
+  def pair_scores(self, variables: Variables, query: Any, images: jax.Array) -> jax.Array:
+    """What is added to the products of vectors before images are ranked.
+
+    Args:
+      variables: {'params', 'batch_stats'}.
+      query: as from `pair_query`.
+      images: [m, vector_dim] vectors.
+
+    Returns:
+      [batch, m] float32.
+    """
+    raise NotImplementedError
+
   def precise(self, function: Callable) -> Callable:
     """A function whose matrix products and convolutions have `model.precision`, if they do not
     say more themselves."""

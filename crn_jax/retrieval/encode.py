@@ -6,7 +6,8 @@ fetched a batch later, so that the device need not wait.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods.base import Method, QueryVectors
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel, is_primary
 from crn_jax.retrieval import ranking
+from crn_jax.retrieval.pairs import PairScores
 
 # Batches that the device is given beyond the one whose vectors are fetched.
 AHEAD = 1
@@ -34,17 +36,21 @@ def picture_sizing(method: Method) -> images.Sizing:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """Unit vectors of a split, [n, vector_dim] float32.
+  """Unit vectors of a split, [n, vector_dim] float32, and what is added to their products.
 
   Attributes:
     images: one row an image of the split; also the image-only query of a reference.
     composed: one row a query.
     text_only: one row a query, of its text alone.
+    added: "composed", "text_only" -> what is added to the products of such queries with images:
+      rows of the split's queries [r] -> [r, images] float32, computed when asked for, by all
+      processes together. Empty for a method that ranks by vectors alone.
   """
 
   images: np.ndarray
   composed: np.ndarray
   text_only: np.ndarray
+  added: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Encoder:
     constants: variables -> what all queries share.
     encode_images: (variables, pictures) -> (what composing needs of references, vectors).
     compose: ((variables, constants), references, rows, tokens, mask) -> `QueryVectors`.
+    pairs: programs of the method's scores of pairs; None if it has none.
   """
 
   parallel: DataParallel
@@ -64,6 +71,7 @@ class Encoder:
   constants: Callable
   encode_images: Callable
   compose: Callable
+  pairs: PairScores | None = None
 
   @classmethod
   def create(cls, method: Method, parallel: DataParallel) -> "Encoder":
@@ -94,6 +102,7 @@ class Encoder:
       parallel.map(method.precise(method.constants), REPLICATED),
       parallel.map(method.precise(encode_images), (SHARDED, REPLICATED)),
       parallel.map(method.precise(compose), REPLICATED),
+      PairScores.create(method, parallel) if method.scores_pairs else None,
     )
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
@@ -135,7 +144,14 @@ class Encoder:
         array[rows] = self.parallel.fetch(values)[: len(rows)]
       progress.update(min(batch, n_images - progress.n))
     progress.close()
-    return Encoded(vectors, composed, text_only)
+    added = {}
+    if self.pairs is not None:
+      asked = (split.queries.reference, tokens, mask)
+      added = {
+        kind: functools.partial(self.pairs.compute, kind, shared, vectors, asked)
+        for kind in self.pairs.ask
+      }
+    return Encoded(vectors, composed, text_only, added)
 
   def attention(
     self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Tokenizer
