@@ -16,7 +16,7 @@ class Child(nn.Module):
   def __call__(self, x):
     return x
 
-  def keys(self):
+  def drawn(self):
     return [self.make_rng("drop_path") for _ in range(3)]
 
 
@@ -27,7 +27,7 @@ class Parent(nn.Module):
   def __call__(self):
     kind = rematerialised(Child, self.remat)
     children = [kind(name=name) for name in NAMES]
-    one_by_one = jnp.stack([key for child in children for key in child.keys()])
+    one_by_one = jnp.stack([key for child in children for key in child.drawn()])
     return random_keys.of_children(self, "drop_path", NAMES, draws=3), one_by_one
 
 
