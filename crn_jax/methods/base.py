@@ -178,7 +178,7 @@ class Method(abc.ABC):
     params = {part: optax.apply_updates(state.params[part], updates)}
     average = self.averaged(state, params)
     metrics = {f"{part}/{name}": value for name, value in terms.items()}
-    metrics[f"{part}/grad_norm"] = optax.tree.norm(grads)
+    metrics[f"{part}/grad_norm"] = optimizer.norm(grads)
     state = TrainState(state.step + 1, params, {part: moved}, {part: opt_state}, average)
     return state, metrics
 
