@@ -47,11 +47,8 @@ class CheckpointReader:
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder).absolute()
     logging.get_absl_logger().addFilter(_not_of_orbax)
-    self._manager = self._open()
-
-  def _open(self) -> ocp.CheckpointManager:
     # Lightweight: otherwise Orbax reads the metrics of all checkpoints at once.
-    return ocp.CheckpointManager(
+    self._reader = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         read_only=True, lightweight_initialize=True, multiprocessing_options=alone.options()
@@ -62,7 +59,7 @@ class CheckpointReader:
     return self
 
   def __exit__(self, *_) -> None:
-    self._manager.close()
+    self._reader.close()
 
   def steps(self) -> list[int]:
     """Steps of all checkpoints that are there now, rising."""
@@ -187,7 +184,7 @@ class CheckpointReader:
       raise DamagedError(f"{path}: damaged checkpoint ({reason})") from error
 
   def _metadata(self, step: int) -> dict:
-    return self._manager.metadata(step).custom_metadata or {}
+    return self._reader.metadata(step).custom_metadata or {}
 
 
 class Checkpoints(CheckpointReader):
@@ -197,14 +194,14 @@ class Checkpoints(CheckpointReader):
   """
 
   def __init__(self, folder: str | os.PathLike):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     super().__init__(folder)
+    self._set_aside_unreadable_metrics()
+    self._manager = self._open()
     self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
     self._writing: tuple[int, concurrent.futures.Future] | None = None  # Step, and its writing.
 
   def _open(self) -> ocp.CheckpointManager:
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._set_aside_unreadable_metrics()
-
     def rank(metrics):
       return metrics[_METRIC], metrics[_ORDER]
 
@@ -230,6 +227,7 @@ class Checkpoints(CheckpointReader):
       self.wait()
     finally:
       self._thread.shutdown()
+      self._manager.close()
       super().__exit__()
 
   def save(self, state: Any, metric: float | None = None, results: dict | None = None) -> None:

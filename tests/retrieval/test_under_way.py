@@ -123,7 +123,7 @@ def test_features_of_a_batch_are_waited_for_once_the_next_one_is_under_way():
 def test_queries_of_features_are_waited_for_once_the_next_ones_are_under_way():
   devices = Devices()
 
-  def compose(variables, references, texts, mask):
+  def compose(variables, references, texts):
     devices.log.append("begin")
     return types.SimpleNamespace(composed=10 * references, text_only=repeated_rows(texts[:, 0]))
 
