@@ -228,7 +228,7 @@ def _pieces(
     return
   blocks = max(1, _ADDED_BYTES // (4 * n_images * ranking.BLOCK_SIZE))
   step = blocks * ranking.BLOCK_SIZE
-  for start in range(0, n_queries, step):
+  for start in range(0, max(n_queries, 1), step):
     rows = np.arange(start, min(start + step, n_queries))
     yield slice(start, start + len(rows)), added(rows)
 

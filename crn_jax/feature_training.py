@@ -59,8 +59,9 @@ def frozen_towers(
   folder = pathlib.Path(stages.towers(method.config, workdir))
   if not folder.exists():
     raise UserError(
-      f"{folder}: not found; the run in {workdir} works on features of the towers that it holds, "
-      f"so put that folder back"
+      f"{folder.absolute()}: not found; the run in {workdir} works on features of the towers that "
+      f"it holds, so put that folder back; a relative model.pretrained counts from the current "
+      f"folder"
     )
   towers = state.towers(method, str(folder))
   weights = features.digests(method, towers)
@@ -68,7 +69,7 @@ def frozen_towers(
   return towers, weights
 
 
-def trained(method: Method, workdir: pathlib.Path, step: int) -> Variables:
+def answering(method: Method, workdir: pathlib.Path, step: int) -> Variables:
   """Variables of a run's checkpoint that answer about pictures, whatever the run learns on.
 
   Raises:
@@ -113,4 +114,4 @@ def batches(
   else:
     rows = feature_batches.one_by_one(split, tokenizer, steps)
   tables = features.place(found, parallel)
-  return loader.prefetch_to_device(rows, lambda batch: tables | parallel.shard(batch))
+  return loader.under_way(rows, lambda batch: tables | parallel.shard(batch))

@@ -146,8 +146,9 @@ class DataParallel:
 def has_room(device: jax.Device, size: int) -> bool:
   """Whether a device can hold more bytes without endangering what was computed on it so far.
 
-  As much again must be free at the highest use so far: memory is in pieces, and that use holds
-  earlier copies. A CPU's memory is the host's, where a copy would go otherwise.
+  As much again must be free at the highest use so far, as memory is in pieces. That use holds
+  earlier copies, so that copies go on only where there was room for three. A CPU's memory is the
+  host's, where a copy would go otherwise.
   """
   if device.platform == "cpu":
     return True

@@ -76,7 +76,7 @@ def train(
   training = Training.prepare(config, workdir, overwrite=overwrite)
   first = stages.fine_tuning(config)
   before = first and Training.prepare(
-    first, workdir / stages.FOLDER, overwrite=overwrite, dataset=training.dataset
+    first, workdir / run.TOWERS, overwrite=overwrite, dataset=training.dataset
   )
   with contextlib.ExitStack() as held:
     processes.on_primary(lambda: training.begin(held, overwrite=overwrite))
@@ -367,7 +367,7 @@ class Training:
       process_count=jax.process_count(),
       cache_images=data.cache_images,
     )
-    return loader.prefetch_to_device(batches, self.parallel.shard)
+    return loader.under_way(batches, self.parallel.shard)
 
   def _evaluate(self, placed: TrainState, step: int) -> Evaluation:
     return evaluate.evaluate(
@@ -467,9 +467,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   dataset = _open_dataset(config, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
-  like = state.abstract(method)
-  params = like.evaluated_field
-  evaluations = {}
+  beside = []
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     # A training may write another one meanwhile.
     steps = processes.on_primary(
@@ -485,18 +483,14 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     for name in sorted(steps, key=lambda name: name == which):
       step = steps[name]
       if name == which or step not in (None, steps[which]):
-        fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-        variables = parallel.replicate(
-          {"params": fields[params], "batch_stats": fields["batch_stats"]}
-        )
-        evaluations[name] = evaluate.evaluate(
-          encoder, variables, dataset, vocabulary, step, name
-        )  # fmt: skip
-  evaluation = evaluations.pop(which)
+        variables = parallel.replicate(state.trained(method, workdir, step))
+        evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, step, name)
+        if name != which:
+          beside.append(evaluation.results)
   results = dataclasses.replace(
     evaluation.results,
     also=({"best", "last"} - {which}).pop() if steps["best"] == steps["last"] else None,
-    beside=tuple(other.results for other in evaluations.values()),
+    beside=tuple(beside),
   )
   folder = workdir
   if run.is_elsewhere(config, workdir):

@@ -30,7 +30,7 @@ ALLOWED = {
   "state": {"initial_values", "methods", "models", "workdir.checkpoint", "workdir.weights"},
   "training_step": {"methods", "parallel"},
   "plan": {"methods", "parallel", "stages", "state", "training_step"},
-  "stages": {"methods"},
+  "stages": {"methods", "workdir.run"},
   "retrieval": {"methods", "parallel", "processes", "input_pipeline", "workdir.files"},
   "reports": {"input_pipeline", "retrieval.metrics", "workdir.history", "workdir.run",
               "workdir.files"},

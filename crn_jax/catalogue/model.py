@@ -74,7 +74,7 @@ def _of_run(path: pathlib.Path) -> Model:
   config = run.load_config(path)
   tokenizer = tokenizers.load(path / "vocab.json")
   method = registry.create(config, len(tokenizer))
-  variables = feature_training.trained(method, path, state.chosen_step(path))
+  variables = feature_training.answering(method, path, state.chosen_step(path))
   return _model(path, method, variables, tokenizer)
 
 

@@ -244,32 +244,32 @@ def eval_image_batches(
   return _batches(tf, dataset, load_in_graph, local.stop - local.start, errors)
 
 
-def prefetch_to_device(iterator: Iterable, put: Callable, size: int = 2) -> Iterator:
-  """Keeps `size` batches in flight, so that the device need not wait for what is done with one.
+def under_way(batches: Iterable, start: Callable, size: int = 2) -> Iterator:
+  """Keeps `size` batches under way, so that the device need not wait for what is done with one.
 
   Args:
-    iterator: batches.
-    put: starts work on one batch and returns at once, e.g. its copy by `jax.device_put`.
-    size: batches put ahead of the one handed out; at least 1.
+    batches: to be worked on.
+    start: starts work on one and returns at once, e.g. its copy by `jax.device_put`.
+    size: batches started ahead of the one handed out; at least 1.
 
   Yields:
-    What `put` returned, in order.
+    What `start` returned, in order.
 
   Raises:
     ValueError: size < 1.
   """
   if size < 1:
     raise ValueError(f"size: expected 1 or more, got {size}")
-  return _prefetch(iterator, put, size)
+  return _under_way(batches, start, size)
 
 
-def _prefetch(iterator, put, size):
-  in_flight = collections.deque()
-  for batch in iterator:
-    in_flight.append(put(batch))
-    if len(in_flight) > size:
-      yield in_flight.popleft()
-  yield from in_flight
+def _under_way(batches, start, size):
+  started = collections.deque()
+  for batch in batches:
+    started.append(start(batch))
+    if len(started) > size:
+      yield started.popleft()
+  yield from started
 
 
 def _import_tensorflow():

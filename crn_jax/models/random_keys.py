@@ -11,7 +11,8 @@ import numpy as np
 def of_children(module: nn.Module, stream: str, names: Sequence[str], draws: int) -> jax.Array:
   """Keys that a module's children would draw one after another.
 
-  Equal to `child.make_rng(stream)`, called `draws` times first of all by each child. Flax folds a
+  Equal to `child.make_rng(stream)`, called `draws` times first of all by each child, with Flax's
+  way of hashing paths that is its default (`flax_fix_rng_separator` is off). Flax folds a
   hash of the child's path and of the number of the draw into the stream's key; a program that does
   so key by key spends more on it, written down and compiled, than on drawing.
 

@@ -139,7 +139,7 @@ class Encoder:
       return started
 
     placed = enumerate(self._pictures(split.image_paths, split.store))
-    for started in loader.prefetch_to_device(placed, start, AHEAD):
+    for started in loader.under_way(placed, start, AHEAD):
       for array, rows, values in started:
         array[rows] = self.parallel.fetch(values)[: len(rows)]
       progress.update(min(batch, n_images - progress.n))
@@ -192,7 +192,7 @@ class Encoder:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    return loader.prefetch_to_device(batches, self.parallel.shard)
+    return loader.under_way(batches, self.parallel.shard)
 
   def _compose(self, shared, references, rows, tokens, mask) -> QueryVectors:
     """Composes up to a batch of queries whose references are `rows` of a batch of images."""

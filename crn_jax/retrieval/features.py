@@ -233,9 +233,9 @@ class _Frozen:
 
   def _rows(self, kind: str, keys: Sequence[str], batches: Callable, show: str) -> np.ndarray:
     def compute(first, last):
-      placed = loader.prefetch_to_device(batches(first, last), self.parallel.shard)
+      placed = loader.under_way(batches(first, last), self.parallel.shard)
       encode = functools.partial(self.encode[kind], self.placed[kind])
-      encoded = loader.prefetch_to_device(placed, encode, AHEAD)
+      encoded = loader.under_way(placed, encode, AHEAD)
       found = [self.parallel.fetch(features) for features in encoded]
       return np.concatenate(found)[: last - first]
 
@@ -294,7 +294,7 @@ class FeatureEncoder:
       out = self.compose(variables, *self.parallel.shard(rows))
       return due, (out.composed, out.text_only)
 
-    for due, values in loader.prefetch_to_device(range(0, n, batch), start, AHEAD):
+    for due, values in loader.under_way(range(0, n, batch), start, AHEAD):
       composed[due], text_only[due] = (v[: len(due)] for v in self.parallel.fetch(values))
     images = ranking.empty_features(*features.images.shape)
     images[:] = losses.normalize(features.images)

@@ -4,7 +4,6 @@ Made block by block: some queries on each device with some images, so that what 
 the pairs stays small however many there are and however wide.
 """
 
-import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ import jax
 import numpy as np
 import tqdm
 
+from crn_jax.input_pipeline import loader
 from crn_jax.methods.base import Method
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel, is_primary
 
@@ -35,7 +35,8 @@ class PairScores:
     images: number of images of a block.
     ask: "composed", "text_only" -> ((variables, constants), vectors of references, tokens, mask) ->
       what is known of queries, spread over the devices.
-    score: ((variables, vectors of images), what is known of queries) -> [queries, images].
+    score: ((variables, vectors of all images, first of a block), what is known of queries) ->
+      [queries, images of the block].
   """
 
   parallel: DataParallel
@@ -46,6 +47,7 @@ class PairScores:
   @classmethod
   def create(cls, method: Method, parallel: DataParallel) -> "PairScores":
     """Builds the programs of a method that has `scores_pairs`."""
+    images = min(max(1, _BYTES // (4 * method.vector_dim * _QUERIES)), _MAX_IMAGES)
 
     def composed(shared, references, tokens, mask):
       return method.pair_query(*shared, references, tokens, mask)
@@ -55,14 +57,15 @@ class PairScores:
       return method.pair_query(*shared, None, tokens, mask)
 
     def score(shared, queries):
-      variables, images = shared
-      scores = method.pair_scores(variables, queries, images)
+      variables, vectors, first = shared
+      block = jax.lax.dynamic_slice_in_dim(vectors, first, images)
+      scores = method.pair_scores(variables, queries, block)
       return jax.lax.all_gather(scores, AXIS, tiled=True)
 
     ask = {"composed": composed, "text_only": text_only}
     return cls(
       parallel,
-      min(max(1, _BYTES // (4 * method.vector_dim * _QUERIES)), _MAX_IMAGES),
+      images,
       {kind: parallel.map(method.precise(program), SHARDED) for kind, program in ask.items()},
       parallel.map(method.precise(score), REPLICATED),
     )
@@ -84,35 +87,36 @@ class PairScores:
     """
     variables, _ = shared
     reference, tokens, mask = queries
-    scores = np.empty((len(rows), len(images)), np.float32)
-    under_way = collections.deque()  # (rows and columns of `scores`, device array)
-
-    def finish_one():
-      (at, columns), values = under_way.popleft()
-      found = self.parallel.fetch(values)
-      scores[at, columns] = found[: at.stop - at.start, : columns.stop - columns.start]
-
     step = _QUERIES * len(self.parallel.devices)
+    # Padded by repetition to blocks of one compiled shape, as are queries below.
+    n_padded = -(-len(images) // self.images) * self.images
+    placed = self.parallel.replicate(images[np.resize(np.arange(len(images)), n_padded)])
+
+    def start(block):
+      """A block: the rows and columns that it fills, device array."""
+      at, first, known = block
+      columns = slice(first, min(first + self.images, len(images)))
+      place = self.parallel.replicate(np.int32(first))
+      return at, columns, self.score((variables, placed, place), known)
+
+    def blocks():
+      for first in range(0, len(rows), step):
+        at = slice(first, min(first + step, len(rows)))
+        padded = np.resize(rows[at], step)
+        local = np.split(padded, jax.process_count())[jax.process_index()]
+        asked = self.parallel.shard((images[reference[local]], tokens[local], mask[local]))
+        known = self.ask[kind](shared, *asked)
+        yield from ((at, column, known) for column in range(0, len(images), self.images))
+
+    scores = np.empty((len(rows), len(images)), np.float32)
     progress = tqdm.tqdm(
       total=len(rows), desc=f"pairs, {kind}", unit="query", leave=False,
       disable=None if is_primary() else True,
     )  # fmt: skip
-    for first in range(0, len(rows), step):
-      at = slice(first, min(first + step, len(rows)))
-      # Padded by repetition to the one compiled shape, as are images below.
-      padded = np.resize(rows[at], step)
-      local = np.split(padded, jax.process_count())[jax.process_index()]
-      asked = self.parallel.shard((images[reference[local]], tokens[local], mask[local]))
-      known = self.ask[kind](shared, *asked)
-      for start in range(0, len(images), self.images):
-        columns = slice(start, min(start + self.images, len(images)))
-        tile = images[np.resize(np.arange(columns.start, columns.stop), self.images)]
-        values = self.score((variables, self.parallel.replicate(tile)), known)
-        under_way.append(((at, columns), values))
-        if len(under_way) > _AHEAD:
-          finish_one()
-      progress.update(at.stop - at.start)
-    while under_way:
-      finish_one()
+    for at, columns, values in loader.under_way(blocks(), start, _AHEAD):
+      found = self.parallel.fetch(values)
+      scores[at, columns] = found[: at.stop - at.start, : columns.stop - columns.start]
+      if columns.stop == len(images):
+        progress.update(at.stop - at.start)
     progress.close()
     return scores

@@ -231,7 +231,7 @@ class Checkpoints(CheckpointReader):
       super().__exit__()
 
   def save(self, state: Any, metric: float | None = None, results: dict | None = None) -> None:
-    """Starts writing a state; returns at once, or as soon as the one before is written.
+    """Starts writing a state; returns once that is computed and the one before it is written.
 
     A failure of the disk (it is full) is no error: it is shown as a warning at the next call of
     this class; the checkpoints there are stay as they are. Any other error is raised there.

@@ -78,11 +78,11 @@ _ADDED = {
 }
 
 # The run of the training before this one, see `stages`.
-_TOWERS = "towers"
+TOWERS = "towers"
 
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
-            "towers.json", _TOWERS, "metrics.jsonl", "events.out.tfevents.*", "eval.json",
+            "towers.json", TOWERS, "metrics.jsonl", "events.out.tfevents.*", "eval.json",
             "report.html", "pictures", "plugins", "other_data", "submission")  # fmt: skip
 
 
@@ -171,10 +171,10 @@ def check_folder(workdir: str | os.PathLike) -> None:
 def check_trained(workdir: str | os.PathLike) -> None:
   """Raises UserError unless the folder holds a trained run."""
   workdir = pathlib.Path(workdir)
-  if _has_checkpoints(workdir / _TOWERS) and not _has_checkpoints(workdir):
+  if _has_checkpoints(workdir / TOWERS) and not _has_checkpoints(workdir):
     raise UserError(
       f"{workdir}: holds no checkpoint of its own yet, only the fine-tuning of its towers; "
-      f"continue with python main.py --workdir={workdir}, or name {workdir / _TOWERS}, which is a "
+      f"continue with python main.py --workdir={workdir}, or name {workdir / TOWERS}, which is a "
       f"run as well: its queries are the sum of the features of image and text"
     )
   for name in ("config.json", "vocab.json", "checkpoints"):

@@ -356,7 +356,7 @@ def test_reader_of_fashioniq_feeds_the_loader(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_prefetch_keeps_order_and_puts_ahead(size):
+def test_batches_are_started_ahead_and_keep_their_order(size):
   put = []
 
   def record(batch):
@@ -364,12 +364,12 @@ def test_prefetch_keeps_order_and_puts_ahead(size):
     return -batch
 
   ahead = []
-  for i, batch in enumerate(loader.prefetch_to_device(range(4), record, size)):
+  for i, batch in enumerate(loader.under_way(range(4), record, size)):
     assert batch == -i
     ahead.append(len(put) - 1 - i)
   assert ahead == [min(size, 3 - i) for i in range(4)]
 
 
-def test_prefetch_of_nothing_is_refused():
+def test_nothing_ahead_is_refused():
   with pytest.raises(ValueError, match="size: expected 1 or more"):
-    loader.prefetch_to_device([], lambda batch: batch, 0)
+    loader.under_way([], lambda batch: batch, 0)

@@ -181,8 +181,9 @@ def test_a_block_needs_little_memory_however_wide(width):
   shape = jax.ShapeDtypeStruct
   variables = jax.eval_shape(tiny_model.model(config).init, jax.random.key(0))
   experts = shape((pairs._QUERIES, 7, width), jnp.float32)
-  tile = shape((programs.images, method.vector_dim), jnp.float32)
-  compiled = programs.score.lower((variables, tile), (experts, experts)).compile()
+  vectors = shape((10 * programs.images, method.vector_dim), jnp.float32)
+  shared = (variables, vectors, shape((), jnp.int32))
+  compiled = programs.score.lower(shared, (experts, experts)).compile()
   assert compiled.memory_analysis().temp_size_in_bytes < 2**28
   least = 2 * 3 * 7 * width**2 * pairs._QUERIES * programs.images
   assert least < compiled.cost_analysis()["flops"] < 1.1 * least
