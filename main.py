@@ -61,7 +61,7 @@ _TOGETHER = ("train", "eval", "submit")  # Modes in which several processes take
 # Flags that would be ignored in the other modes: who gives one expects something of it.
 _ONLY_WITH = {
   "config": (*_TOGETHER, "prepare", "plan"),
-  "workdir": (*_TOGETHER, "prepare", "plan", "compare"),
+  "workdir": (*_TOGETHER, "compare"),
   "workdirs": ("compare",),
   "checkpoint": ("eval", "submit"),
   "overwrite": ("train",),
@@ -103,7 +103,7 @@ def _run(mode: str) -> str:
     return catalogue.run(mode, _COMPILATION_CACHE.value, as_json=_JSON.value)
   config = _CONFIG.value
   if config is None:
-    of_run = "" if mode == "prepare" else ", or --workdir with the folder of a run"
+    of_run = ", or --workdir with the folder of a run" if mode in _TOGETHER else ""
     raise UserError(f"--mode={mode} needs --config, e.g. --config=configs/demo.py{of_run}")
   from crn_jax import configuration, pretrained, xla
 

@@ -26,7 +26,7 @@ for _name in ("nms", "qnms"):
 from torchvision import transforms  # noqa: E402
 
 from configs import fashioniq_dress  # noqa: E402
-from crn_jax.input_pipeline import loader, prepare, registry  # noqa: E402
+from crn_jax.input_pipeline import images, loader, prepare, registry  # noqa: E402
 from crn_jax.input_pipeline.dataset import TrainSplit  # noqa: E402
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary  # noqa: E402
 
@@ -122,9 +122,7 @@ def our_batches(split: TrainSplit, augmentation: str = "random_crop_flip"):
     split,
     Vocabulary.build(split.captions, markers="tokens", max_words=32),
     batch_size=_BATCH,
-    image_size=_CROP,
-    resize=_RESIZE,
-    interpolation="bilinear",
+    sizing=images.Sizing(_CROP, _RESIZE, "bilinear"),
     augmentation=augmentation,
     seed=0,
     num_steps=len(split.triplets) // _BATCH * _EPOCHS.value,

@@ -62,9 +62,10 @@ def image_features(paths, max_ratio: float) -> np.ndarray:
   import torch
 
   network, found = image_network(), []
+  sizing = images.Sizing(_SIDE, _SIDE, "bicubic", max_ratio)
   for start in tqdm.trange(0, len(paths), _TOGETHER, desc="images", disable=None):
     pictures = [
-      images.center_crop(images.read(path, _SIDE, "bicubic", max_ratio), _SIDE)
+      images.center_crop(images.read(path, sizing), _SIDE)
       for path in paths[start : start + _TOGETHER]
     ]
     pixels = (np.stack(pictures).astype(np.float32) - 127) / 128

@@ -50,7 +50,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   data.shoes_pairs = "released"
   data.max_words = 32  # Texts are padded to this and cut beyond it, markers included.
   data.image_size = 224  # Side of the crop that the model sees, in pixels.
-  data.resize = 256  # Short side before the crop, in pixels.
+  # Short side before the crop, in pixels; both sides, for towers whose pictures are squeezed.
+  data.resize = 256
   # Images with a larger ratio of their sides are padded with zeros to it first; None pads none.
   data.max_ratio = config_dict.placeholder(float)
   data.augment = "random_crop_flip"  # Or 'none': the centre crop, as the release on Shoes.

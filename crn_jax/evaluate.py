@@ -1,7 +1,7 @@
 """Evaluation: metrics in every protocol of a data set, per kind of query and kind of text."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import ml_collections
 import numpy as np
@@ -12,11 +12,14 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.reports.cases import TOP, Cases
 from crn_jax.reports.results import QUERY_KINDS, Recalls, Results, Summary
 from crn_jax.retrieval import metrics, ranking
-from crn_jax.retrieval.encode import Encoded, Encoder
+from crn_jax.retrieval.encode import Encoded, Encoder, picture_sizing
 from crn_jax.retrieval.metrics import Outcome
 
 # split name -> protocol -> kind of query -> what its queries found.
 Outcomes = dict[str, dict[str, dict[str, Outcome]]]
+
+# Bytes of what is added to the products of vectors, of the queries that are ranked at a time.
+_ADDED_BYTES = 2**28
 
 # `EvalSplit.ranks_reference` as results have it.
 _REFERENCE = {None: None, False: "excluded", True: "kept"}
@@ -89,12 +92,22 @@ def cases(
   """
   config = encoder.method.config
   protocol, encoded = breakdown_protocol(config), evaluation.encoded[split.name]
-  shown = Cases.choose(split, protocol, evaluation.outcomes[split.name][protocol]["composed"].ranks)
+  ranks = evaluation.outcomes[split.name][protocol]["composed"].ranks
+  shown = Cases.choose(split, protocol, ranks, picture_sizing(encoder.method))
   # Processes look together: even if their devices rank otherwise, they must agree on where.
-  attended = np.asarray(processes.on_primary(shown.attended.tolist), int)
+  rows = {"attended": shown.attended, **shown.groups}
+  agreed = processes.on_primary(lambda: {name: r.tolist() for name, r in rows.items()})
+  attended, *groups = (np.asarray(agreed[name], int) for name in rows)
+  shown = dataclasses.replace(
+    shown, attended=attended, groups=dict(zip(shown.groups, groups, strict=True))
+  )
   exclude = excluded_positions(split, protocol, config)[shown.chosen]
-  gallery = gallery_vectors(encoded, split.galleries[protocol])
-  positions, scores = ranking.top_k(encoded.composed[shown.chosen], gallery, TOP, exclude)
+  gallery = split.galleries[protocol]
+  added = encoded.added.get("composed")
+  added = added and of_gallery(added(shown.chosen), gallery, axis=1)
+  positions, scores = ranking.top_k(
+    encoded.composed[shown.chosen], of_gallery(encoded.images, gallery), TOP, exclude, added=added
+  )
   top = {
     int(query): [
       (int(position), float(score))
@@ -106,11 +119,9 @@ def cases(
   attention = encoder.attention(variables, split, attended, vocabulary)
   return dataclasses.replace(
     shown,
-    attended=attended,
     top=top,
     attention=attention,
     attention_notes=encoder.method.attention_notes,
-    interpolation=encoder.method.preprocessing.interpolation,
   )
 
 
@@ -125,15 +136,15 @@ def find(
 ) -> dict[str, dict[str, Outcome]]:
   """What one split's queries find: protocol -> kind of query -> `Outcome`."""
   queries = (encoded.composed, encoded.images[split.queries.reference], encoded.text_only)
-  by_kind = dict(zip(QUERY_KINDS, queries, strict=True))
-
-  def kinds(protocol):
-    return QUERY_KINDS if protocol == breakdown_protocol(config) else ("composed",)
-
-  return {
-    protocol: {k: find_kind(by_kind[k], encoded, split, protocol, config) for k in kinds(protocol)}
-    for protocol in split.galleries
-  }
+  found = {protocol: {} for protocol in split.galleries}
+  for kind, vectors in zip(QUERY_KINDS, queries, strict=True):
+    parts = {p: [] for p in found if kind == "composed" or p == breakdown_protocol(config)}
+    for rows, added in _pieces(encoded.added.get(kind), len(vectors), len(encoded.images)):
+      for protocol, outcomes in parts.items():
+        outcomes.append(_find_piece(vectors, rows, added, encoded, split, protocol, config))
+    for protocol, outcomes in parts.items():
+      found[protocol][kind] = Outcome.joined(outcomes)
+  return found
 
 
 def summarize(
@@ -183,10 +194,16 @@ def summarize(
   )
 
 
-def gallery_vectors(encoded: Encoded, gallery: np.ndarray) -> np.ndarray:
-  """[g, d] vectors of a gallery's images; no copy where it is all images in their order."""
-  n = len(encoded.images)
-  return encoded.images if np.array_equal(gallery, np.arange(n)) else encoded.images[gallery]
+def of_gallery(values: np.ndarray, gallery: np.ndarray, axis: int = 0) -> np.ndarray:
+  """Values of a gallery's images; no copy where it is all images in their order.
+
+  Args:
+    values: of all images of the split, along an axis.
+    gallery: [g] rows of the split's images.
+    axis: that of the images.
+  """
+  n = values.shape[axis]
+  return values if np.array_equal(gallery, np.arange(n)) else np.take(values, gallery, axis)
 
 
 def excluded_positions(
@@ -198,28 +215,58 @@ def excluded_positions(
   return np.full(len(split.queries), -1)
 
 
-def find_kind(
-  queries: np.ndarray,
+def _pieces(
+  added: Callable[[np.ndarray], np.ndarray] | None, n_queries: int, n_images: int
+) -> Iterator[tuple[slice, np.ndarray | None]]:
+  """Queries, so few at a time that what is added to their products needs little memory.
+
+  Yields:
+    Rows of the queries; [rows, images] what is added, None if that is nothing.
+  """
+  if added is None:
+    yield slice(n_queries), None
+    return
+  blocks = max(1, _ADDED_BYTES // (4 * n_images * ranking.BLOCK_SIZE))
+  step = blocks * ranking.BLOCK_SIZE
+  for start in range(0, max(n_queries, 1), step):
+    rows = np.arange(start, min(start + step, n_queries))
+    yield slice(start, start + len(rows)), added(rows)
+
+
+def _find_piece(
+  vectors: np.ndarray,
+  rows: slice,
+  added: np.ndarray | None,
   encoded: Encoded,
   split: EvalSplit,
   protocol: str,
   config: ml_collections.ConfigDict,
 ) -> Outcome:
-  """What queries, given by their vectors, find in a protocol's gallery."""
-  rows = split.galleries[protocol]
-  gallery, exclude = gallery_vectors(encoded, rows), excluded_positions(split, protocol, config)
+  """What some of the queries, given by the vectors of all, find in a protocol's gallery."""
+  images = split.galleries[protocol]
+  queries, gallery = vectors[rows], of_gallery(encoded.images, images)
+  exclude = excluded_positions(split, protocol, config)[rows]
+  in_gallery = None if added is None else of_gallery(added, images, axis=1)
   ranks = ranking.target_ranks(
-    queries, gallery, split.target_labels, exclude, labels=split.labels[rows]
+    queries,
+    gallery,
+    split.target_labels[rows],
+    exclude,
+    labels=split.labels[images],
+    added=in_gallery,
   )
   subset_ranks = hits = n_truths = None
   if split.subsets is not None:
-    order = ranking.subset_order(queries, encoded.images, split.subsets)
-    is_target = order == split.queries.target[:, None]
+    order = ranking.subset_order(queries, encoded.images, split.subsets[rows], added)
+    is_target = order == split.queries.target[rows, None]
     subset_ranks = np.where(is_target.any(axis=1), is_target.argmax(axis=1), metrics.UNRANKED)
   if split.truths is not None:
-    best, _ = ranking.top_k(queries, gallery, max(metrics.PRECISION_CUTS), exclude)
-    hits = (rows[best][:, :, None] == split.truths[:, None, :]).any(axis=2)
-    n_truths = (split.truths >= 0).sum(axis=1)
+    truths = split.truths[rows]
+    best, _ = ranking.top_k(
+      queries, gallery, max(metrics.PRECISION_CUTS), exclude, added=in_gallery
+    )
+    hits = (images[best][:, :, None] == truths[:, None, :]).any(axis=2)
+    n_truths = (truths >= 0).sum(axis=1)
   return Outcome(ranks, subset_ranks, hits, n_truths)
 
 

@@ -2,14 +2,16 @@
 
 import pathlib
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
 from crn_jax import processes, stages, state
+from crn_jax.errors import UserError
 from crn_jax.input_pipeline import feature_batches, loader
 from crn_jax.input_pipeline.dataset import Dataset, TrainSplit
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
-from crn_jax.methods.base import Method
+from crn_jax.methods.base import Method, Variables
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import DataParallel
 from crn_jax.retrieval import features
@@ -37,12 +39,46 @@ def open_features(
   Raises:
     UserError: the run was begun on other towers; or see `features.compute`.
   """
-  towers = state.towers(method, stages.towers(method.config, workdir))
-  weights = features.digests(method, towers)
-  run.check_towers(weights, workdir)  # First: computing may take hours.
+  towers, weights = frozen_towers(method, workdir)  # First: computing may take hours.
   if begins:
     processes.on_primary(lambda: run.save_towers(weights, workdir))
   return features.compute(method, towers, weights, parallel, dataset, tokenizer)
+
+
+def frozen_towers(
+  method: FeatureMethod, workdir: pathlib.Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+  """The towers on whose features a run learns.
+
+  Returns:
+    Parameters of both, NumPy; the digests of the frozen ones.
+
+  Raises:
+    UserError: they are not there, or the run was begun on others.
+  """
+  folder = pathlib.Path(stages.towers(method.config, workdir))
+  if not folder.exists():
+    raise UserError(
+      f"{folder.absolute()}: not found; the run in {workdir} works on features of the towers that "
+      f"it holds, so put that folder back; a relative model.pretrained counts from the current "
+      f"folder"
+    )
+  towers = state.towers(method, str(folder))
+  weights = features.digests(method, towers)
+  run.check_towers(weights, workdir)
+  return towers, weights
+
+
+def answering(method: Method, workdir: pathlib.Path, step: int) -> Variables:
+  """Variables of a run's checkpoint that answer about pictures, whatever the run learns on.
+
+  Raises:
+    UserError: see `frozen_towers`.
+  """
+  variables = state.trained(method, workdir, step)
+  if not isinstance(method, FeatureMethod):
+    return variables
+  return method.with_towers(variables, frozen_towers(method, workdir)[0])
 
 
 def encoder_of_run(
@@ -78,4 +114,4 @@ def batches(
   else:
     rows = feature_batches.one_by_one(split, tokenizer, steps)
   tables = features.place(found, parallel)
-  return loader.prefetch_to_device(rows, lambda batch: tables | parallel.shard(batch))
+  return loader.under_way(rows, lambda batch: tables | parallel.shard(batch))

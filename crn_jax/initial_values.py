@@ -3,17 +3,25 @@
 A module's `init` runs the model, so that its program holds the forward pass beside a random number
 generator for every parameter: at full size half a minute of compilation. Here `init` is only
 traced. Each parameter's computation, from its PRNG key to its value, is cut out of the trace;
-parameters drawn alike share a program, which leaves a few dozen small ones to compile. The values
-are those of `jax.jit(init)`, bit by bit.
+parameters drawn alike share a program, which leaves a few dozen small ones to compile. Nine tenths
+of such a program make random bits: they are cut off, too, and made by one program for all. The
+values are those of `jax.jit(init)`, bit by bit.
 """
 
 import concurrent.futures
 import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
+from jax.extend import random as threefry
+
+# Random bits are made in pieces of so many numbers of 32 bits.
+_PIECE = 2**20
 
 
 def draw(init: Callable, key: jax.Array, *, without: tuple[str, ...] = ()) -> Any:
@@ -61,9 +69,90 @@ class _Drawn:
     jaxpr = whole.replace(constvars=[], invars=list(given), outvars=[value], eqns=eqns)
     return cls(jaxpr, given, str(jaxpr))
 
-  def lower(self, arguments: list) -> jax.stages.Lowered:
-    function = core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, []))
-    return jax.jit(lambda *given: function(*given)[0]).lower(*arguments)
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+  """Values drawn alike.
+
+  Attributes:
+    compiled: takes what is given, and the pieces of bits of each draw.
+    draws: of each draw of random bits the position of its key in what is given, and the shape.
+  """
+
+  compiled: jax.stages.Compiled
+  draws: tuple[tuple[int, tuple[int, ...]], ...]
+
+  def __call__(self, *given: jax.Array) -> jax.Array:
+    pieces = [
+      [_piece(given[i], first) for first in range(0, math.prod(shape), _PIECE)]
+      for i, shape in self.draws
+    ]
+    return self.compiled(given, pieces)
+
+
+@jax.jit
+def _piece(key: jax.Array, first: int) -> jax.Array:
+  """Numbers `first` to `first + _PIECE` of `jax.random.bits(key, shape)`, flat, for any shape.
+
+  A number depends on the key and its place alone ("partitionable" random numbers, JAX's default).
+  """
+  place = jnp.asarray(first, jnp.uint32) + jnp.arange(_PIECE, dtype=jnp.uint32)
+  high, low = threefry.threefry_2x32(
+    jax.random.key_data(key), jnp.stack([jnp.zeros_like(place), place])
+  )
+  return high ^ low
+
+
+def _in_pieces(eqn, given: list) -> bool:
+  """Whether an operation makes random bits that `_piece` can make instead."""
+  return (
+    eqn.primitive.name == "random_bits"
+    and eqn.invars[0] in given
+    and str(eqn.invars[0].aval) == "key<fry>[]"
+    and eqn.params["bit_width"] == 32
+    and jax.config.jax_threefry_partitionable
+  )
+
+
+def _lower(drawn: _Drawn, arguments: list) -> tuple[jax.stages.Lowered, tuple]:
+  """See `_Program`, whose `draws` are second."""
+  flat = jax.make_jaxpr(functools.partial(_evaluate, drawn.jaxpr))(*arguments)
+  given = flat.jaxpr.invars
+  bits = [eqn for eqn in flat.jaxpr.eqns if _in_pieces(eqn, given)]
+  rest = flat.jaxpr.replace(
+    invars=[*given, *(eqn.outvars[0] for eqn in bits)],
+    eqns=[eqn for eqn in flat.jaxpr.eqns if eqn not in bits],
+  )
+  draws = tuple((given.index(eqn.invars[0]), tuple(eqn.params["shape"])) for eqn in bits)
+
+  def value(given, pieces):
+    drawn_bits = [
+      jnp.concatenate(parts)[: math.prod(shape)].reshape(shape)
+      for parts, (_, shape) in zip(pieces, draws, strict=True)
+    ]
+    return core.jaxpr_as_fun(core.ClosedJaxpr(rest, flat.consts))(*given, *drawn_bits)[0]
+
+  piece = jax.ShapeDtypeStruct((_PIECE,), jnp.uint32)
+  pieces = [[piece] * math.ceil(math.prod(shape) / _PIECE) for _, shape in draws]
+  return jax.jit(value).lower(tuple(arguments), pieces), draws
+
+
+def _evaluate(jaxpr: core.Jaxpr, *arguments) -> list:
+  """Its results; what it calls is evaluated in its place, so that no operation lies in a call."""
+  known = dict(zip(jaxpr.invars, arguments, strict=True))
+
+  def values(variables):
+    return [v.val if isinstance(v, core.Literal) else known[v] for v in variables]
+
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "jit" and not eqn.params["jaxpr"].consts:
+      outputs = _evaluate(eqn.params["jaxpr"].jaxpr, *values(eqn.invars))
+    else:
+      inputs = list({v: None for v in eqn.invars if not isinstance(v, core.Literal)})
+      alone = jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn])
+      outputs = core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*values(inputs))
+    known.update(zip(eqn.outvars, outputs, strict=True))
+  return values(jaxpr.outvars)
 
 
 def _needed(whole: core.Jaxpr, makers: dict, values: list, stop: Callable) -> tuple[tuple, list]:
@@ -99,11 +188,11 @@ def _given(traced: core.ClosedJaxpr, makers: dict, wanted: set, key: jax.Array) 
   )
 
 
-def _compile(programs: dict[str, tuple[_Drawn, list]]) -> dict[str, jax.stages.Compiled]:
-  lowered = [drawn.lower(arguments) for drawn, arguments in programs.values()]
+def _compile(programs: dict[str, tuple[_Drawn, list]]) -> dict[str, _Program]:
+  lowered = [_lower(drawn, arguments) for drawn, arguments in programs.values()]
   # XLA compiles outside Python's lock.
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    compiled = pool.map(lambda program: program.compile(), lowered)
+    compiled = pool.map(lambda program: _Program(program[0].compile(), program[1]), lowered)
     return dict(zip(programs, compiled, strict=True))
 
 

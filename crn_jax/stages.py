@@ -9,8 +9,8 @@ import pathlib
 import ml_collections
 
 from crn_jax.methods.registry import uses_features
+from crn_jax.workdir import run
 
-FOLDER = "towers"
 _METHOD = "fine_tuning"
 
 
@@ -20,7 +20,7 @@ def fine_tuning(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict 
     return None
   first = config.copy_and_resolve_references()
   first.method = _METHOD
-  first.name, first.preset = f"{config.name}_{FOLDER}", f"{config.preset}_{FOLDER}"
+  first.name, first.preset = f"{config.name}_{run.TOWERS}", f"{config.preset}_{run.TOWERS}"
   for field in ("num_epochs", "batch_size", "optimizer"):
     first[field] = first.finetune[field]
   first.eval.every_epochs = first.finetune.evaluate_every_epochs
@@ -36,5 +36,5 @@ def is_first(config: ml_collections.ConfigDict) -> bool:
 def towers(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> str:
   """Folder of the weights of the towers on whose features a run learns."""
   if config.finetune.num_epochs:
-    return str(workdir / FOLDER / "weights")
+    return str(workdir / run.TOWERS / "weights")
   return config.model.pretrained

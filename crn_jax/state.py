@@ -1,5 +1,6 @@
 """The state of a training: the one place that builds it, with values or as shapes only."""
 
+import dataclasses
 import os
 import pathlib
 
@@ -173,11 +174,20 @@ def _check_towers(config: ml_collections.ConfigDict) -> None:
   found = dict(weights.read_metadata(path)["architecture"])
   module = found.pop("module")
   described = DualEncoderConfig.from_dict(config.model.encoder.to_dict())
-  if module != "DualEncoder" or DualEncoderConfig.from_dict(found) != described:
+  known = DualEncoderConfig.from_dict(found) if module == "DualEncoder" else None
+  if known == described:
+    return
+  if known and dataclasses.replace(known, squeeze=described.squeeze) == described:
+    ways = {True: "squeezed into squares", False: "cropped to squares"}
     raise UserError(
-      f"{path}: holds other weights than the towers of this configuration (model.encoder); name "
-      f"their folder with model.pretrained, or begin with a configuration file"
+      f"{path}: these towers want pictures {ways[known.squeeze]}, in this configuration they are "
+      f"{ways[described.squeeze]}. They were converted anew: name the folder from before with "
+      f"model.pretrained, or begin with a configuration file"
     )
+  raise UserError(
+    f"{path}: holds other weights than the towers of this configuration (model.encoder); name "
+    f"their folder with model.pretrained, or begin with a configuration file"
+  )
 
 
 def _plain(value):

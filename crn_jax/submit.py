@@ -75,7 +75,9 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
     answered_by = f"{config.model.pretrained}, without any training"
   (split,) = dataset.evals
   encoded = encoder.encode(parallel.replicate(variables), split, tokenizer)
-  contents = answers(split, encoded.composed, encoded.images, spec.files)
+  added = encoded.added.get("composed")
+  added = added and added(np.arange(len(split.queries)))
+  contents = answers(split, encoded.composed, encoded.images, spec.files, added)
 
   def written():
     paths = write(contents, split, workdir / "submission")
@@ -93,7 +95,11 @@ def submit(config: ml_collections.ConfigDict, workdir: str | os.PathLike, which:
 
 
 def answers(
-  split: EvalSplit, queries: np.ndarray, images: np.ndarray, asked: Sequence[SubmissionFile]
+  split: EvalSplit,
+  queries: np.ndarray,
+  images: np.ndarray,
+  asked: Sequence[SubmissionFile],
+  added: np.ndarray | None = None,
 ) -> list[tuple[SubmissionFile, dict]]:
   """The files that are asked for, each with its content.
 
@@ -102,17 +108,24 @@ def answers(
     queries: [queries, d] vectors.
     images: [images, d] vectors.
     asked: the files.
+    added: [queries, images] what is added to the products of vectors; None adds nothing.
   """
   ((protocol, rows),) = split.galleries.items()
   contents = []
   for file in asked:
     if file.within_subset:
-      best = ranking.subset_order(queries, images, split.subsets)[:, : file.count]
+      best = ranking.subset_order(queries, images, split.subsets, added)[:, : file.count]
     else:
       exclude = np.full(len(queries), -1)
       if split.excludes_reference(protocol, otherwise=False):
         exclude = split.reference_positions(protocol)
-      positions, _ = ranking.top_k(queries, images[rows], file.count, exclude)
+      positions, _ = ranking.top_k(
+        queries,
+        images[rows],
+        file.count,
+        exclude,
+        added=None if added is None else added[:, rows],
+      )
       best = rows[positions]
     convert = int if file.integers else str
     names = [[convert(split.image_ids[row]) for row in ranked if row >= 0] for ranked in best]

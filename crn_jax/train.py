@@ -37,7 +37,7 @@ from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel, is_primary
 from crn_jax.reports import report, tables
 from crn_jax.reports.results import Results
-from crn_jax.retrieval.encode import Encoder
+from crn_jax.retrieval.encode import Encoder, picture_sizing
 from crn_jax.retrieval.features import FeatureEncoder, Features
 from crn_jax.workdir import checkpoint, logs, run
 from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints
@@ -76,7 +76,7 @@ def train(
   training = Training.prepare(config, workdir, overwrite=overwrite)
   first = stages.fine_tuning(config)
   before = first and Training.prepare(
-    first, workdir / stages.FOLDER, overwrite=overwrite, dataset=training.dataset
+    first, workdir / run.TOWERS, overwrite=overwrite, dataset=training.dataset
   )
   with contextlib.ExitStack() as held:
     processes.on_primary(lambda: training.begin(held, overwrite=overwrite))
@@ -339,7 +339,7 @@ class Training:
           log.scalars(step, epoch, evaluation.results.scalars())
           progress.say(f"step {step}: {config.eval.best_metric} = {metric:.2f} %")
         if (plan.saves(step) or stop) and is_primary():
-          checkpoints.save(self.parallel.fetch(placed), metric, results)
+          checkpoints.save(self.parallel.copy(placed), metric, results)
         # After the last step there is nothing left to stop, but for a training that follows.
         if stop and (step < plan.total_steps or stages.is_first(config)):
           processes.on_primary(lambda step=step: checkpoints.require(step))
@@ -358,11 +358,8 @@ class Training:
       self.dataset.train,
       self.vocabulary,
       batch_size=self.config.batch_size,
-      image_size=data.image_size,
-      resize=data.resize,
+      sizing=picture_sizing(self.method),
       augmentation=data.augment,
-      interpolation=self.method.preprocessing.interpolation,
-      max_ratio=data.max_ratio,
       seed=self.config.seed,
       start_step=start,
       num_steps=self.plan.total_steps,
@@ -370,7 +367,7 @@ class Training:
       process_count=jax.process_count(),
       cache_images=data.cache_images,
     )
-    return loader.prefetch_to_device(batches, self.parallel.shard)
+    return loader.under_way(batches, self.parallel.shard)
 
   def _evaluate(self, placed: TrainState, step: int) -> Evaluation:
     return evaluate.evaluate(
@@ -470,9 +467,7 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   dataset = _open_dataset(config, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
-  like = state.abstract(method)
-  params = like.evaluated_field
-  evaluations = {}
+  beside = []
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     # A training may write another one meanwhile.
     steps = processes.on_primary(
@@ -488,18 +483,14 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
     for name in sorted(steps, key=lambda name: name == which):
       step = steps[name]
       if name == which or step not in (None, steps[which]):
-        fields = checkpoints.restore_fields(step, like, (params, "batch_stats"))
-        variables = parallel.replicate(
-          {"params": fields[params], "batch_stats": fields["batch_stats"]}
-        )
-        evaluations[name] = evaluate.evaluate(
-          encoder, variables, dataset, vocabulary, step, name
-        )  # fmt: skip
-  evaluation = evaluations.pop(which)
+        variables = parallel.replicate(state.trained(method, workdir, step))
+        evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, step, name)
+        if name != which:
+          beside.append(evaluation.results)
   results = dataclasses.replace(
     evaluation.results,
     also=({"best", "last"} - {which}).pop() if steps["best"] == steps["last"] else None,
-    beside=tuple(other.results for other in evaluations.values()),
+    beside=tuple(beside),
   )
   folder = workdir
   if run.is_elsewhere(config, workdir):

@@ -102,16 +102,29 @@ def save_tokenizer(family: str, folder: pathlib.Path) -> None:
   found.save_pretrained(folder)
 
 
-def save_preprocessing(folder: pathlib.Path) -> None:
-  """As published folders have it."""
-  content = {"image_mean": MEAN, "image_std": STD, "resample": 3}
-  (folder / "preprocessor_config.json").write_text(json.dumps(content))
+def preprocessing(family: str, side: int = _SIZES["image_size"]) -> dict:
+  """Fields of preprocessor_config.json as the published folders have them."""
+  square = {"height": side, "width": side}
+  own = {
+    "clip": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": side},
+             "do_center_crop": True, "crop_size": square, "resample": 3},
+    "siglip": {"image_processor_type": "SiglipImageProcessor", "size": square, "resample": 3},
+    "siglip2": {"image_processor_type": "Siglip2ImageProcessor", "resample": 2,
+                "patch_size": _SIZES["patch_size"],
+                "max_num_patches": (side // _SIZES["patch_size"]) ** 2},
+  }[family]  # fmt: skip
+  done = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+  return {**done, **own, "image_mean": MEAN, "image_std": STD}
+
+
+def save_preprocessing(family: str, folder: pathlib.Path) -> None:
+  (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing(family)))
 
 
 def save(family: str, folder: pathlib.Path, **changed) -> torch.nn.Module:
   """Writes a whole folder; the model that is in it."""
   found = model(family, **changed)
   found.save_pretrained(folder)
-  save_preprocessing(folder)
+  save_preprocessing(family, folder)
   save_tokenizer(family, folder)
   return found

@@ -71,3 +71,11 @@ def test_encoding_is_measured(tmp_path):
   assert (found["batch_size"], found["program"]) == (4, "crn_jax")
   assert found["images_per_second"] == pytest.approx(4 / found["median_seconds"])
   assert found["share_of_products"] > 0
+
+
+def test_what_a_checkpoint_costs_is_measured(tmp_path):
+  found = run(tmp_path, "checkpoints.py", "--saves=2", f"--folder={tmp_path}")
+  for name in ("first_blocked", "blocked", "fetch", "until_written"):
+    assert found[f"{name}_seconds"] > 0
+  assert found["copied_on_device"]
+  assert found["arrays"] > 100

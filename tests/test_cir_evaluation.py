@@ -13,6 +13,7 @@ from crn_jax.errors import UserError
 from crn_jax.input_pipeline import registry
 from crn_jax.reports import compare, report, tables
 from crn_jax.reports.results import Results
+from crn_jax.retrieval import ranking
 from crn_jax.workdir import run
 from tests import cir_folders, made_up
 
@@ -246,6 +247,35 @@ def test_grids_mark_all_right_images(evaluated):
     assert (row.target_position is None) == (row.rank >= 10)
     marked += len(expected)
   assert (marked > 0) == (split.truths is not None)
+
+
+def test_scores_beside_the_vectors_count_in_every_metric(evaluated, monkeypatch):
+  """As if they had been two more columns of the vectors; queries are taken a few at a time."""
+  config, data, found = evaluated
+  (split,) = data.evals
+  encoded = found.encoded[split.name]
+  rng = np.random.default_rng(5)
+  queries, images = (
+    rng.normal(size=(len(v), 2)).astype(np.float32) for v in (encoded.composed, encoded.images)
+  )
+  whole = dataclasses.replace(
+    encoded,
+    images=np.hstack([encoded.images, images]),
+    composed=np.hstack([encoded.composed, queries]),
+    text_only=np.hstack([encoded.text_only, np.zeros_like(queries)]),
+  )
+  parts = dataclasses.replace(encoded, added={"composed": lambda rows: queries[rows] @ images.T})
+  monkeypatch.setattr(ranking, "BLOCK_SIZE", 2)
+  monkeypatch.setattr(evaluate, "_ADDED_BYTES", 1)
+  ((protocol, expected),) = evaluate.find(whole, split, config).items()
+  outcome = evaluate.find(parts, split, config)[protocol]["composed"]
+  assert len(outcome) == len(split.queries) > 2
+  for field in dataclasses.fields(outcome):
+    np.testing.assert_array_equal(
+      getattr(outcome, field.name), getattr(expected["composed"], field.name)
+    )
+  plain = found.outcomes[split.name][protocol]
+  assert np.any(outcome.ranks != plain["composed"].ranks)
 
 
 def test_references_are_left_out_as_the_protocol_says(evaluated):

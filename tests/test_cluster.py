@@ -27,6 +27,7 @@ from crn_jax.errors import UserError
 from crn_jax.parallel import DataParallel
 from crn_jax.workdir import files, history
 from tests import tiny
+from tests.retrieval import test_pairs
 
 REPOSITORY = pathlib.Path(__file__).parents[1]
 TOLERANCE = 1e-5
@@ -305,6 +306,25 @@ for folder in ("{tmp_path}/kept", f"{tmp_path}/own{{i}}"):
     assert done[0][1].splitlines() == [*shared, "18.0"]
     assert done[1][1].splitlines() == shared
     assert "process 0 has read this file, process 1 cannot; name a folder that" in done[1][2]
+
+  @pytest.mark.slow
+  def test_they_score_pairs_together(self, tmp_path):
+    """Vectors and scores of DCNet: the same in both processes, and in one with as many devices."""
+    done = small(
+      tmp_path,
+      f"""
+import numpy as np
+from tests.retrieval.test_pairs import Given
+_, added = Given.make(pathlib.Path("{tmp_path}", str(i))).encode()
+np.savez(f"{tmp_path}/{{i}}.npz", **added)
+""",
+    )
+    assert [status for status, _, _ in done] == [0, 0], done
+    _, expected = test_pairs.Given.make(tmp_path / "alone").encode(jax.devices()[:2])
+    found = [np.load(tmp_path / f"{i}.npz") for i in range(2)]
+    for kind, scores in expected.items():
+      np.testing.assert_array_equal(found[0][kind], found[1][kind])
+      np.testing.assert_allclose(found[0][kind], scores, rtol=0, atol=test_pairs.TOLERANCE / 0.2)
 
   @pytest.mark.parametrize(
     ("body", "message"),

@@ -59,6 +59,51 @@ def test_values_drawn_alike_share_a_program_and_nothing_else_is_compiled(monkeyp
   assert not any("dot_general" in text for text in compiled)
 
 
+def several(key):
+  """Draws of several kinds and sizes, by keys of the top and by keys made on the way."""
+  a, b, c, d = jax.random.split(key, 4)
+  long = initial_values._PIECE
+  made_on_the_way = jax.jit(lambda key: jax.random.uniform(jax.random.fold_in(key, 3), (5,)))
+  return {
+    "longer than a piece": jax.random.normal(a, (2, long // 2 + 1)),
+    "a piece": jax.random.uniform(a, (long,), minval=-0.3, maxval=0.1),
+    "shorter": jax.random.truncated_normal(b, -2, 2, (7, 3)),
+    "two draws": jax.random.normal(c, (3,)) * jax.random.uniform(c, (3,)),
+    "a key made on the way": made_on_the_way(d),
+    "half precision": jax.random.normal(d, (9,), "bfloat16"),
+    "numbers": jax.random.randint(d, (4,), 0, 1000),
+  }
+
+
+@pytest.mark.parametrize(
+  ("kind", "partitionable"), [("threefry2x32", True), ("threefry2x32", False), ("rbg", True)]
+)
+def test_values_are_those_of_jax_whatever_the_keys(kind, partitionable):
+  with jax.threefry_partitionable(partitionable):
+    key = jax.random.key(599, impl=kind)
+    found, expected = initial_values.draw(several, key), jax.jit(several)(key)
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    assert found[name].dtype == value.dtype
+    np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_random_bits_are_compiled_once_for_all(monkeypatch):
+  """Most of a program's compilation would go into them."""
+  texts = []
+  original = initial_values._lower
+
+  def recording(*arguments):
+    lowered, draws = original(*arguments)
+    texts.append(lowered.as_text())
+    return lowered, draws
+
+  monkeypatch.setattr(initial_values, "_lower", recording)
+  initial_values.draw(tiny_model.model(tiny_model.config()).init, KEY)
+  assert len(texts) > 10
+  assert not any("threefry" in text for text in texts)
+
+
 @pytest.mark.parametrize("choice", remat.CHOICES)
 def test_whatever_blocks_keep_no_program_of_initial_values_holds_the_model(choice, monkeypatch):
   """The same values for all, and no matrix product compiled for them."""

@@ -56,7 +56,8 @@ class TestOneLine:
     [
       ([], "--mode=train needs --config, e.g. --config=configs/demo.py, or --workdir with"),
       (["--mode=eval"], "--mode=eval needs --config, .*, or --workdir with the folder of a run"),
-      (["--mode=prepare", "--workdir=x"], "--mode=prepare needs --config, e.g. --config=[^ ]*$"),
+      (["--mode=prepare"], "--mode=prepare needs --config, e.g. --config=[^ ]*$"),
+      (["--mode=plan", "--workdir=x"], "--workdir has no meaning with --mode=plan; it is for"),
       (["--mode=compare", "--process=1"], "--process has no meaning with --mode=compare; .*eval"),
       (["--mode=search", "--workdir=x"], "--workdir has no meaning with --mode=search; it is for"),
       (["--mode=index", "--nojson", "--k=3"], "--k has no meaning with --mode=index; .*=search$"),

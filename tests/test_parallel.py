@@ -5,6 +5,7 @@ order on other device counts, which is all that may differ. Stochastic depth is 
 """
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -147,3 +148,56 @@ def test_rows_keep_their_order_over_devices(mode):
   np.testing.assert_array_equal(
     dp.fetch(double(dp.replicate(np.float32(2)), dp.shard(rows))), 2 * rows
   )
+
+
+@pytest.mark.parametrize("room", [True, False])
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_a_copy_stays_what_it_was_when_the_next_steps_take_the_memory(
+  mode, devices, room, monkeypatch
+):
+  monkeypatch.setattr(parallel, "has_room", lambda device, size: room)
+  dp = data_parallel(mode, devices)
+  step = dp.map(
+    lambda state, x: (jax.tree.map(lambda s: s + 1, state), jnp.sum(x)),
+    outputs=(parallel.REPLICATED, parallel.REPLICATED),
+    donate_first=True,
+  )
+  batch = dp.shard(np.zeros((8, 2), np.float32))
+  start = {"w": np.zeros((100, 50), np.float32), "step": np.asarray(0, np.int32)}
+  state, _ = step(dp.replicate(start), batch)
+  copy = dp.copy(state)
+  for _ in range(3):
+    state, _ = step(state, batch)
+  jax.block_until_ready(state)
+  assert all(isinstance(x, jax.Array if room else (np.ndarray, np.generic)) for x in copy.values())
+  jax.tree.map(np.testing.assert_array_equal, copy, jax.tree.map(lambda x: x + 1, start))
+
+
+@pytest.mark.parametrize("mode", ["shard_map", "pmap"])
+def test_a_copy_has_buffers_of_its_own_on_one_device(mode):
+  dp = data_parallel(mode, 8)
+  state = dp.replicate({"w": np.ones((10, 5), np.float32)})
+  copy = dp.copy(state)["w"]
+  assert len(copy.devices()) == 1
+  taken = [shard.data.unsafe_buffer_pointer() for shard in state["w"].addressable_shards]
+  assert copy.unsafe_buffer_pointer() not in taken
+
+
+@pytest.mark.parametrize(
+  ("stats", "expected"),
+  [
+    ({"bytes_limit": 100, "peak_bytes_in_use": 80}, True),
+    ({"bytes_limit": 100, "peak_bytes_in_use": 81}, False),
+    ({"bytes_limit": 100}, False),
+    ({}, False),
+    (None, False),
+  ],
+)
+def test_a_copy_is_made_on_a_device_only_where_as_much_again_stays_free(stats, expected):
+  device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: stats)
+  assert parallel.has_room(device, 10) == expected
+
+
+def test_a_copy_on_a_cpu_is_in_the_memory_of_the_host_anyway():
+  assert parallel.has_room(jax.devices()[0], 10)

@@ -12,19 +12,29 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import default, presets
-from crn_jax import configuration, pretrained, stages, state, train
-from crn_jax.catalogue import model
+from crn_jax import configuration, feature_training, pretrained, stages, state, train
+from crn_jax.catalogue import encoders, indexing, model
+from crn_jax.catalogue.retriever import Retriever
+from crn_jax.catalogue.store import Store
 from crn_jax.convert import backbone, whole
 from crn_jax.errors import UserError
+from crn_jax.input_pipeline.dataset import Dataset, EvalSplit, Triplets
+from crn_jax.input_pipeline.tokenizers import base as tokenizers
 from crn_jax.methods import registry
-from crn_jax.parallel import DataParallel
+from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval import kept_features
-from crn_jax.workdir import checkpoint, history, weights
+from crn_jax.retrieval.encode import Encoded
+from crn_jax.workdir import checkpoint, history, run, weights
 from crn_jax.workdir.interrupt import Interrupted
 from crn_jax.workdir.progress import Progress
 from tests import small_towers, tiny, tiny_towers
+from tests.catalogue import made
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+
+N = 20  # Pictures of a catalogue.
+# Of cosines, some roundings of float32 (1.2e-7 at 1): other batches are summed in another order.
+TOLERANCE = 1e-6
 
 
 @pytest.fixture(scope="module")
@@ -96,11 +106,80 @@ def test_it_has_no_names_in_pytorch_and_says_so(finished, tmp_path):
     whole.export(workdir, tmp_path / "out")
 
 
-def test_a_catalogue_cannot_be_asked_with_it_and_says_so(finished):
-  """What such a run learns takes kept features, not pictures."""
+@pytest.mark.parametrize("folder", ["", "towers"])
+def test_a_catalogue_answers_as_the_runs_own_evaluation(finished, tmp_path, folder):
+  compare_catalogue(finished[1] / folder, tmp_path)
+
+
+def compare_catalogue(workdir, place) -> None:
+  """Every picture with its score, of all sorts of queries; the elongated pictures are padded."""
+  paths = [made.picture(place / "pictures" / f"{i}.png", i, (40, 90 + i)) for i in range(N)]
+  texts = ["is red", "is blue with long sleeves", "no shirt and is more green"]
+  split, found = evaluated(workdir, paths, texts)
+  with Store(place / "a.db", create=True) as store:
+    report = indexing.update(store, encoders.Encoders(model.load(workdir)), place / "pictures")
+  assert (report.total, report.skipped) == (N, [])
+  with Retriever.open(place / "a.db", batch_size=4) as retriever:
+    for i, text in enumerate(texts):
+      for vector, query in (
+        (found.composed[i], {"image": paths[i], "text": text}),
+        (found.composed[i], {"id": split.image_ids[i], "text": text}),
+        (found.images[i], {"image": paths[i]}),
+        (found.text_only[i], {"text": text}),
+      ):
+        hits = retriever.query(**query, k=N)
+        scores = dict(zip(split.image_ids, found.images @ vector, strict=True))
+        scores.pop(query.get("id"), None)  # No answer to its own query.
+        assert {hit.id for hit in hits} == set(scores)
+        expected = np.array([scores[hit.id] for hit in hits])
+        np.testing.assert_allclose([h.score for h in hits], expected, rtol=0, atol=TOLERANCE)
+        # The same ranking, but for what rounding alone tells apart.
+        assert (np.diff(expected) <= 2 * TOLERANCE).all()
+
+
+def evaluated(workdir, paths, texts) -> tuple[EvalSplit, Encoded]:
+  """What the run's own evaluation makes of pictures and of queries, picture i with text i."""
+  config = run.load_config(workdir)
+  parallel = DataParallel.create("shard_map")
+  words = tokenizers.load(workdir / "vocab.json")
+  method = registry.create(config, len(words), AXIS)
+  rows = np.arange(len(texts), dtype=np.int32)
+  split = EvalSplit(
+    "all",
+    tuple(path.name for path in paths),
+    tuple(map(str, paths)),
+    Triplets(rows, rows, tuple((text,) for text in texts)),
+    {"all": np.arange(len(paths), dtype=np.int32)},
+  )
+  dataset = Dataset("made", None, (split,))
+  encoder = feature_training.encoder_of_run(method, parallel, dataset, words, workdir)
+  variables = state.trained(method, workdir, state.chosen_step(workdir))
+  return split, encoder.encode(parallel.replicate(variables), split, words)
+
+
+def test_a_run_of_which_only_the_fine_tuning_is_there_names_what_can_be_asked(
+  finished, root, tmp_path
+):
+  """Whether it was stopped before or while features were computed."""
   preset, workdir, _ = finished
-  with pytest.raises(UserError, match=f"a run of {preset} learns on kept features.*towers/weights"):
-    model.load(workdir)
+  copy = shutil.copytree(workdir, tmp_path / "copy")
+  shutil.rmtree(copy / "checkpoints")
+  for _ in range(2):
+    for ask in (
+      lambda: model.load(copy),
+      lambda: train.evaluate_run(configured(root, preset), copy, "best"),
+    ):
+      with pytest.raises(UserError, match=r"no checkpoint of its own yet.*/copy/towers, which is"):
+        ask()
+    (copy / "checkpoints").mkdir(exist_ok=True)
+  assert model.load(copy / "towers").digest != model.load(workdir).digest
+
+
+def test_a_run_without_its_towers_says_what_is_missing(finished, tmp_path):
+  copy = shutil.copytree(finished[1], tmp_path / "copy")
+  shutil.rmtree(copy / "towers")
+  with pytest.raises(UserError, match=r"/copy/towers/weights: not found; the run in .*/copy works"):
+    model.load(copy)
 
 
 def test_evaluation_needs_no_training_data_and_repeats_the_results(finished, root, tmp_path):
@@ -189,10 +268,14 @@ def test_other_towers_in_the_place_of_a_runs_are_refused(finished, root, tmp_pat
     {"params": towers}, weights.read_metadata(folder), folder, force=True
   )  # fmt: skip
   for again in (
-    lambda: train.train(config, copy), lambda: train.evaluate_run(config, copy, "last")
-  ):  # fmt: skip
+    lambda: train.train(config, copy),
+    lambda: train.evaluate_run(config, copy, "last"),
+    lambda: model.load(copy),
+  ):
     with pytest.raises(UserError, match=r"features of other weights \(image tower\).*restore"):
       again()
+  (copy / "towers.json").unlink()
+  assert model.load(copy).digest != model.load(workdir).digest
 
 
 def test_another_fine_tuning_in_the_same_folder_is_refused(finished, root):
@@ -278,6 +361,9 @@ def test_pretrained_towers_are_fine_tuned_and_what_is_left_is_a_folder_of_towers
     start["text"]["encoder"],
     {name: towers[name] for name in ("text", "text_projection")},
   )
+
+  for name in ("clip4cir", "bank"):
+    compare_catalogue(tmp_path / name, tmp_path / f"of_{name}")
 
 
 def config_of_bank(config):

@@ -191,6 +191,17 @@ def test_answers_are_the_sorted_scores(split, vectors):
     assert subset[query] == [split.image_ids[row] for row in within[:3]]
 
 
+def test_answers_are_those_of_all_scores(split, vectors):
+  """What is added to the products counts in every file."""
+  queries, images = vectors
+  added = np.random.default_rng(2).normal(size=(4, 60)).astype(np.float32)
+  found = submit.answers(split, queries, images, FILES, added)
+  # The same as products alone: a column of its own for each query.
+  wide = [np.hstack([queries, np.eye(4)]), np.hstack([images, added.T])]
+  assert found == submit.answers(split, *wide, FILES)
+  assert found != submit.answers(split, queries, images, FILES)
+
+
 def test_what_is_written_passes_the_check_and_is_all_or_nothing(split, vectors, tmp_path):
   contents = submit.answers(split, *vectors, FILES)
   assert [submit.problems(c, f, split) for f, c in contents] == [[], [], []]

@@ -10,6 +10,7 @@ from crn_jax.catalogue.model import Model
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline import images
 from crn_jax.methods.base import QueryVectors
+from crn_jax.retrieval.encode import picture_sizing
 
 # Longer texts are refused: what a model cannot read in any case need not be tokenized.
 MAX_TEXT = 1_000
@@ -61,11 +62,9 @@ class Encoders:
     return np.zeros((side, side, 3), np.uint8)
 
   def fit(self, picture: np.ndarray) -> np.ndarray:
-    """A picture [h, w, 3] uint8 as the model takes it: [S, S, 3] uint8, resized, its middle."""
-    data = self.model.method.config.data
-    interpolation = self.model.method.preprocessing.interpolation
-    resized = images.fit(picture, data.resize, interpolation, data.max_ratio)
-    return images.center_crop(resized, data.image_size)
+    """A picture [h, w, 3] uint8 as the model takes it: [S, S, 3] uint8."""
+    sizing = picture_sizing(self.model.method)
+    return images.center_crop(images.fit(picture, sizing), sizing.image_size)
 
   def image_vectors(self, pictures: Sequence[np.ndarray], batch_size: int) -> np.ndarray:
     """Vectors of up to `batch_size` pictures.

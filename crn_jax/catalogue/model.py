@@ -11,7 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
-from crn_jax import pretrained, state
+from crn_jax import feature_training, pretrained, state
 from crn_jax.errors import UserError
 from crn_jax.input_pipeline.tokenizers import base as tokenizers
 from crn_jax.input_pipeline.tokenizers import pretrained as towers_tokenizer
@@ -19,7 +19,6 @@ from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods import registry
 from crn_jax.methods.base import Method, Variables
-from crn_jax.methods.features import FeatureMethod
 from crn_jax.workdir import run
 
 # Fields of `config.model` that change no vector, and those of `config.data` that do.
@@ -34,7 +33,7 @@ class Model:
   Attributes:
     path: absolute path of its folder.
     method: its code, for one device.
-    variables: {'params', 'batch_stats'}, on the device.
+    variables: {'params', 'batch_stats'}, on the device; frozen towers are among the parameters.
     tokenizer: of its texts.
     digest: of all that vectors depend on: parameters, configuration, words.
   """
@@ -75,13 +74,7 @@ def _of_run(path: pathlib.Path) -> Model:
   config = run.load_config(path)
   tokenizer = tokenizers.load(path / "vocab.json")
   method = registry.create(config, len(tokenizer))
-  if isinstance(method, FeatureMethod):
-    raise UserError(
-      f"{path}: a run of {config.method} learns on kept features and cannot be asked about other "
-      f"pictures yet; give its towers, e.g. {path / 'towers' / 'weights'} or the folder that it "
-      f"began from ({config.model.pretrained})"
-    )
-  variables = state.trained(method, path, state.chosen_step(path))
+  variables = feature_training.answering(method, path, state.chosen_step(path))
   return _model(path, method, variables, tokenizer)
 
 

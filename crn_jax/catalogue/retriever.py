@@ -70,7 +70,7 @@ class Attention:
   Attributes:
     words: as the model read them, markers included; of long texts as many as it reads.
     roles: of each word: "marker", "unknown", or "" for one that says something.
-    picture: [S, S, 3] uint8, the square middle of the picture, which the model sees.
+    picture: [S, S, 3] uint8, the square that the model sees of the picture.
     maps: part -> [words, h, w] float32, over that square.
     notes: part -> what its weights sum to one over, and what they say.
   """

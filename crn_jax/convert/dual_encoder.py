@@ -168,15 +168,16 @@ def read_config(folder: pathlib.Path) -> DualEncoderConfig:
   with _naming(path):
     config = getattr(pretrained.transformers_library(), _CONFIGS[model_type]).from_dict(content)
     family = "clip" if model_type == "clip" else "siglip"
+    image = _image_tower(config.vision_config, family)
     found = {
       "family": family,
-      "image": _image_tower(config.vision_config, family),
+      "image": image,
       "text": _text_tower(config.text_config, family),
       "vector_dim": config.projection_dim if family == "clip" else config.vision_config.hidden_size,
       "project_image": family == "clip",
       "project_text": True,
       "project_bias": family == "siglip",
-      **read_preprocessing(folder),
+      **read_preprocessing(folder, model_type, image["image_size"]),
     }
     if family == "siglip" and not getattr(config.vision_config, "vision_use_head", True):
       raise UserError("vision_config.vision_use_head is false, so that images have no vector")
@@ -240,11 +241,16 @@ def _text_tower(config, family: str) -> dict[str, Any]:
   return _sizes(config) | own | {"pooling": pooling, "end_id": end}
 
 
-def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
-  """Mean, std and interpolation that pictures are prepared with.
+def read_preprocessing(folder: pathlib.Path, model_type: str, side: int) -> dict[str, Any]:
+  """How pictures are prepared, see `Preprocessing`.
+
+  Args:
+    folder: of the model.
+    model_type: of its config.json; what the preprocessing leaves out is as of its image processor.
+    side: of the pictures that the image tower takes, in pixels.
 
   Raises:
-    UserError: if no file says them, or they are none; names the field.
+    UserError: if no file says it, or what it says cannot be done; names the field.
   """
   path = folder / "preprocessor_config.json"
   content = source.read_json(path)
@@ -264,11 +270,56 @@ def read_preprocessing(folder: pathlib.Path) -> dict[str, Any]:
     raise UserError(
       f"{path}: resample is {resample}; expected 2 (bilinear) or 3 (bicubic), Pillow's numbers"
     )
-  return {
+  for name in ("do_resize", "do_rescale", "do_normalize"):
+    if content.get(name) is False:
+      raise UserError(f"{path}: {name} is false; expected true, as it is always done here")
+  found = {
     "mean": tuple(content["image_mean"]),
     "std": tuple(content["image_std"]),
     "interpolation": _RESAMPLING[resample],
   }
+  # 'siglip2' keeps the shape of pictures, which are no squares then; ours are their middle.
+  squeeze = model_type != "siglip2" and _squeezes(content, model_type == "clip", side, str(path))
+  return found | {"squeeze": squeeze}
+
+
+def _squeezes(content: Mapping[str, Any], crops: bool, side: int, path: str) -> bool:
+  """Whether pictures are resized to a square of `side` pixels, or by their short side to it.
+
+  Args:
+    content: of preprocessor_config.json.
+    crops: whether the middle is cut out unless it says so.
+    side: of the pictures that the image tower takes, in pixels.
+    path: for messages.
+  """
+  said = content.get("do_center_crop")
+  crops = crops if said is None else said
+  size = content.get("size")
+  if size is None:
+    size = {"shortest_edge": side} if crops else {"height": side, "width": side}
+  elif isinstance(size, int):  # As the first files have it.
+    size = {"shortest_edge": size}
+  size = {k: v for k, v in size.items() if v is not None} if isinstance(size, Mapping) else size
+  fits = {True: {"height": side, "width": side}, False: {"shortest_edge": side}}
+  if size not in fits.values():
+    raise UserError(
+      f"{path}: size is {json.dumps(size)}; expected {json.dumps(fits[True])}, which squeezes "
+      f"pictures into a square, or {json.dumps(fits[False])} with a crop: the image tower takes "
+      f"{side} pixels. For a crop of larger pictures write that here, and set data.resize in a run"
+    )
+  squeeze = size == fits[True]
+  if not crops and not squeeze:
+    raise UserError(
+      f"{path}: size is {json.dumps(size)} and do_center_crop {json.dumps(said)}, so that pictures "
+      f"would be no squares; expected a crop, or size {json.dumps(fits[True])}"
+    )
+  crop = content.get("crop_size")
+  if crops and crop not in (None, side, fits[True]):
+    raise UserError(
+      f"{path}: crop_size is {json.dumps(crop)}; expected {json.dumps(fits[True])}, as the image "
+      f"tower takes {side} pixels"
+    )
+  return squeeze
 
 
 def tokenizer_files(file: pathlib.Path) -> dict[str, pathlib.Path]:

@@ -5,6 +5,7 @@ images (Resize, CenterCrop, RandomCrop, RandomHorizontalFlip) to the last grey l
 uint8 until they are normalised, which belongs on the device (`models/preprocessing.py`).
 """
 
+import dataclasses
 import importlib.util
 import os
 import struct
@@ -42,6 +43,25 @@ _DECODERS = {
   "HEIC": ((b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1"), "pillow_heif"),
   "AVIF": ((b"avif", b"avis"), "PIL._avif"),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizing:
+  """How pictures are brought to the square that a model takes.
+
+  Attributes:
+    image_size: side S of that square, in pixels; it is cut out of the resized picture.
+    resize: length in pixels of the shorter side after resizing, or of both sides; S or more.
+    interpolation: 'bilinear' or 'bicubic'.
+    max_ratio: of a picture's sides; more elongated ones are padded first, see `pad_to_ratio`.
+    squeeze: whether both sides are resized to `resize`, whatever the picture's shape.
+  """
+
+  image_size: int
+  resize: int
+  interpolation: str
+  max_ratio: float | None = None
+  squeeze: bool = False
 
 
 class Refused(ValueError):
@@ -172,9 +192,26 @@ def resize_short_side(image: np.ndarray, size: int, interpolation: str = "biline
     return image
   other = int(size * long / short)
   new_width, new_height = (size, other) if width <= height else (other, size)
+  return _resized(image, new_width, new_height, interpolation)
+
+
+def squeeze_to_square(image: np.ndarray, size: int, interpolation: str) -> np.ndarray:
+  """Scales both sides of an image to `size` pixels, antialiased, as SigLIP's pictures are.
+
+  Args:
+    image: [h, w, 3] uint8.
+    size: side of the square in pixels.
+    interpolation: 'bilinear' or 'bicubic'.
+
+  Returns:
+    [size, size, 3] uint8.
+  """
+  return _resized(image, size, size, interpolation)
+
+
+def _resized(image: np.ndarray, width: int, height: int, interpolation: str) -> np.ndarray:
   filter_ = Image.Resampling[interpolation.upper()]
-  resized = Image.fromarray(image).resize((new_width, new_height), filter_)
-  return np.asarray(resized)
+  return np.asarray(Image.fromarray(image).resize((width, height), filter_))
 
 
 def pad_to_ratio(image: np.ndarray, max_ratio: float) -> np.ndarray:
@@ -197,22 +234,21 @@ def pad_to_ratio(image: np.ndarray, max_ratio: float) -> np.ndarray:
   return np.pad(image, (*((m, m) for m in margins), (0, 0)))
 
 
-def read(
-  path: str | os.PathLike, resize: int, interpolation: str, max_ratio: float | None
-) -> np.ndarray:
+def read(path: str | os.PathLike, sizing: Sizing) -> np.ndarray:
   """`decode` and `fit`."""
-  return fit(decode(path), resize, interpolation, max_ratio)
+  return fit(decode(path), sizing)
 
 
-def fit(image: np.ndarray, resize: int, interpolation: str, max_ratio: float | None) -> np.ndarray:
-  """`pad_to_ratio` unless `max_ratio` is None, and `resize_short_side`.
+def fit(image: np.ndarray, sizing: Sizing) -> np.ndarray:
+  """An image [h, w, 3] uint8 as `sizing` pads and resizes it; the square is not cut out yet.
 
   Returns:
-    [h, w, 3] uint8 with min(h, w) = resize.
+    [h', w', 3] uint8 with min(h', w') = sizing.resize.
   """
-  if max_ratio is not None:
-    image = pad_to_ratio(image, max_ratio)
-  return resize_short_side(image, resize, interpolation)
+  if sizing.max_ratio is not None:
+    image = pad_to_ratio(image, sizing.max_ratio)
+  resized = squeeze_to_square if sizing.squeeze else resize_short_side
+  return resized(image, sizing.resize, sizing.interpolation)
 
 
 def crop(image: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
@@ -276,18 +312,14 @@ def crop_and_flip(image: np.ndarray, top: int, left: int, flip: bool, size: int)
   return cropped[:, ::-1] if flip else cropped
 
 
-def check_sizes(resize: int, image_size: int) -> None:
-  """Refuses a crop that is larger than the resized image's shorter side.
-
-  Args:
-    resize: shorter side after resizing, in pixels.
-    image_size: side of the crop, in pixels.
+def check_sizing(sizing: Sizing) -> None:
+  """Refuses a square that does not fit into the resized image.
 
   Raises:
     UserError: resize < image_size, or image_size < 1.
   """
-  if not 1 <= image_size <= resize:
+  if not 1 <= sizing.image_size <= sizing.resize:
     raise UserError(
-      f"resize: expected at least image_size = {image_size} pixels (and both "
-      f"positive), got {resize}"
+      f"resize: expected at least image_size = {sizing.image_size} pixels (and both "
+      f"positive), got {sizing.resize}"
     )

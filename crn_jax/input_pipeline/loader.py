@@ -79,17 +79,14 @@ def train_batches(
   vocabulary: Tokenizer,
   *,
   batch_size: int,
-  image_size: int,
-  resize: int,
+  sizing: images.Sizing,
   augmentation: str,
-  interpolation: str,
   seed: int,
   num_steps: int,
   start_step: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   cache_images: bool = False,
-  max_ratio: float | None = None,
 ) -> Iterator[dict[str, np.ndarray]]:
   """Batches of steps start_step .. num_steps - 1, as a run from step 0 would see them.
 
@@ -100,17 +97,14 @@ def train_batches(
     split: the training data.
     vocabulary: turns the texts into ids.
     batch_size: of the global batch, over all processes.
-    image_size: side S of the crop in pixels.
-    resize: shorter side before cropping, in pixels; at least image_size.
+    sizing: how pictures are brought to squares of side S.
     augmentation: "random_crop_flip" (reference and target independently) or "none" (central crop).
-    interpolation: with which images are resized, see `images.resize_short_side`.
     seed: of order, augmentation and the drawing of triplets, 0 or greater.
     num_steps: steps of the whole run; num_steps - start_step batches come.
     start_step: first step, counted from 0. Earlier batches cost nothing.
     process_index: of this process.
     process_count: number of processes.
     cache_images: keep every image in memory once it is decoded and resized; for small sets.
-    max_ratio: of an image's sides; more elongated ones are padded, see `images.pad_to_ratio`.
 
   Returns:
     Iterator over dicts, with b = batch_size / process_count:
@@ -126,13 +120,14 @@ def train_batches(
   n = len(split.triplets)
   local = local_slice(batch_size, process_index, process_count)
   per_epoch = steps_per_epoch(n, batch_size)
-  images.check_sizes(resize, image_size)
+  images.check_sizing(sizing)
   if augmentation not in AUGMENTATIONS:
     raise UserError(f"augmentation: expected one of {AUGMENTATIONS}, got {augmentation!r}")
   if not 0 <= start_step <= num_steps:
     raise ValueError(f"start_step: expected 0 .. num_steps = {num_steps}, got {start_step}")
 
-  read = _reader(split.image_paths, resize, interpolation, max_ratio, cache_images, split.store)
+  image_size = sizing.image_size
+  read = _reader(split.image_paths, sizing, cache_images, split.store)
 
   @functools.lru_cache(maxsize=1)
   def encoded(triplets):
@@ -199,10 +194,7 @@ def eval_image_batches(
   paths: Sequence[str],
   *,
   batch_size: int,
-  image_size: int,
-  resize: int,
-  interpolation: str,
-  max_ratio: float | None = None,
+  sizing: images.Sizing,
   store: ImageStore | None = None,
   process_index: int = 0,
   process_count: int = 1,
@@ -214,9 +206,7 @@ def eval_image_batches(
   Args:
     paths: of n images.
     batch_size: of the global batch, over all processes.
-    image_size: side S of the crop in pixels.
-    resize: shorter side before cropping, in pixels; at least image_size.
-    interpolation, max_ratio: as in `train_batches`.
+    sizing: how pictures are brought to squares of side S.
     store: where to read the images; None decodes the files.
     process_index: of this process.
     process_count: number of processes.
@@ -231,12 +221,13 @@ def eval_image_batches(
     ValueError: a process that does not exist.
   """
   local = local_slice(batch_size, process_index, process_count)
-  images.check_sizes(resize, image_size)
+  images.check_sizing(sizing)
   n_batches = -(-len(paths) // batch_size)
   rows = np.full(n_batches * batch_size, _PADDING, np.int32)
   rows[: len(paths)] = np.arange(len(paths))
   local_rows = rows.reshape(n_batches, batch_size)[:, local].ravel()
-  read = _reader(paths, resize, interpolation, max_ratio, keep=False, store=store)
+  image_size = sizing.image_size
+  read = _reader(paths, sizing, keep=False, store=store)
 
   def load(chunk_rows):
     loaded = np.zeros((len(chunk_rows), image_size, image_size, 3), np.uint8)
@@ -253,32 +244,32 @@ def eval_image_batches(
   return _batches(tf, dataset, load_in_graph, local.stop - local.start, errors)
 
 
-def prefetch_to_device(iterator: Iterable, put: Callable, size: int = 2) -> Iterator:
-  """Keeps `size` batches in flight, so that copying overlaps with computing.
+def under_way(batches: Iterable, start: Callable, size: int = 2) -> Iterator:
+  """Keeps `size` batches under way, so that the device need not wait for what is done with one.
 
   Args:
-    iterator: batches on the host.
-    put: starts the copy of one batch and returns at once, e.g. `jax.device_put`.
-    size: batches put ahead of the one handed out; at least 1.
+    batches: to be worked on.
+    start: starts work on one and returns at once, e.g. its copy by `jax.device_put`.
+    size: batches started ahead of the one handed out; at least 1.
 
   Yields:
-    What `put` returned, in order.
+    What `start` returned, in order.
 
   Raises:
     ValueError: size < 1.
   """
   if size < 1:
     raise ValueError(f"size: expected 1 or more, got {size}")
-  return _prefetch(iterator, put, size)
+  return _under_way(batches, start, size)
 
 
-def _prefetch(iterator, put, size):
-  in_flight = collections.deque()
-  for batch in iterator:
-    in_flight.append(put(batch))
-    if len(in_flight) > size:
-      yield in_flight.popleft()
-  yield from in_flight
+def _under_way(batches, start, size):
+  started = collections.deque()
+  for batch in batches:
+    started.append(start(batch))
+    if len(started) > size:
+      yield started.popleft()
+  yield from started
 
 
 def _import_tensorflow():
@@ -303,18 +294,16 @@ def local_slice(batch_size: int, process_index: int, process_count: int) -> slic
 
 def _reader(
   paths: Sequence[str],
-  resize: int,
-  interpolation: str,
-  max_ratio: float | None,
+  sizing: images.Sizing,
   keep: bool,
   store: ImageStore | None,
 ) -> Callable[[int], np.ndarray]:
-  """row -> image [h, w, 3] uint8 with its shorter side resized."""
+  """row -> image [h, w, 3] uint8, resized. What a store has was, by its shorter side alone."""
 
   def read(row):
     if store is not None:
       return store.read(paths[row])
-    return images.read(paths[row], resize, interpolation, max_ratio)
+    return images.read(paths[row], sizing)
 
   # Two threads may decode the same image at the same time; the cache then keeps either.
   return functools.cache(read) if keep else read

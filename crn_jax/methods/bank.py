@@ -5,7 +5,7 @@ among the negatives of every query, not only those of its batch. The text tower 
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -64,10 +64,10 @@ class Bank(FeatureMethod):
 
     return self.descend(tx, state, loss)
 
-  def compose(
-    self, variables: Variables, constants: Any, references: Any, tokens: jax.Array, mask: jax.Array
+  def compose_features(
+    self, variables: Variables, references: jax.Array, texts: jax.Array
   ) -> QueryVectors:
-    texts = self._texts(variables["params"]["text"], tokens)
+    texts = self._texts(variables["params"]["text"], texts)
     return QueryVectors(losses.normalize(references + texts), losses.normalize(texts), attention={})
 
   def _texts(self, params: dict, tokens: jax.Array) -> jax.Array:

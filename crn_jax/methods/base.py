@@ -178,7 +178,7 @@ class Method(abc.ABC):
     params = {part: optax.apply_updates(state.params[part], updates)}
     average = self.averaged(state, params)
     metrics = {f"{part}/{name}": value for name, value in terms.items()}
-    metrics[f"{part}/grad_norm"] = optax.tree.norm(grads)
+    metrics[f"{part}/grad_norm"] = optimizer.norm(grads)
     state = TrainState(state.step + 1, params, {part: moved}, {part: opt_state}, average)
     return state, metrics
 
@@ -216,6 +216,40 @@ class Method(abc.ABC):
       tokens: [batch, words] int32.
       mask: [batch, words] bool, False at padding.
     """
+
+  @property
+  def scores_pairs(self) -> bool:
+    """Whether images are ranked by `pair_scores`, too, where a run is evaluated."""
+    return False
+
+  def pair_query(
+    self,
+    variables: Variables,
+    constants: Any,
+    references: jax.Array | None,
+    tokens: jax.Array,
+    mask: jax.Array,
+  ) -> Any:
+    """What `pair_scores` needs of queries: a tree of arrays, of the batch's length or of length 1.
+
+    Args:
+      variables, constants, tokens, mask: as for `compose`.
+      references: [batch, vector_dim] vectors of the reference images; None for the text alone.
+    """
+    raise NotImplementedError
+
+  def pair_scores(self, variables: Variables, query: Any, images: jax.Array) -> jax.Array:
+    """What is added to the products of vectors before images are ranked.
+
+    Args:
+      variables: {'params', 'batch_stats'}.
+      query: as from `pair_query`.
+      images: [m, vector_dim] vectors.
+
+    Returns:
+      [batch, m] float32.
+    """
+    raise NotImplementedError
 
   def precise(self, function: Callable) -> Callable:
     """A function whose matrix products and convolutions have `model.precision`, if they do not

@@ -128,10 +128,9 @@ class Clip4Cir(FeatureMethod):
     state, metrics = jax.lax.scan(one, state, batch["rows"].swapaxes(0, 1))
     return state, jax.tree.map(jnp.mean, metrics)
 
-  def compose(
-    self, variables: Variables, constants: Any, references: Any, tokens: jax.Array, mask: jax.Array
+  def compose_features(
+    self, variables: Variables, references: jax.Array, texts: jax.Array
   ) -> QueryVectors:
-    """As `Method.compose`, of features of texts [batch, d] instead of `tokens`."""
     own = {"params": variables["params"]["combiner"]}
-    composed = self.combiner.apply(own, references, tokens, train=False)
-    return QueryVectors(losses.normalize(composed), losses.normalize(tokens), attention={})
+    composed = self.combiner.apply(own, references, texts, train=False)
+    return QueryVectors(losses.normalize(composed), losses.normalize(texts), attention={})

@@ -16,7 +16,7 @@ import ml_collections
 import optax
 
 from crn_jax.errors import UserError
-from crn_jax.methods import losses
+from crn_jax.methods import losses, optimizer
 from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
 from crn_jax.models.crn import BRANCHES, Branch
 
@@ -107,7 +107,7 @@ class CRN(Method):
       params[name] = optax.apply_updates(state.params[name], updates)
       terms = self._sum(terms | {"total": total})
       metrics |= {f"{name}/{term}": value for term, value in terms.items()}
-      metrics[f"{name}/grad_norm"] = optax.tree.norm(grads)
+      metrics[f"{name}/grad_norm"] = optimizer.norm(grads)
       metrics[f"{name}/logit_scale"] = state.params[name]["logit_scale"][0]
     average = self.averaged(state, params)
     return TrainState(state.step + 1, params, batch_stats, opt_state, average), metrics

@@ -1,8 +1,9 @@
 """What methods share that are trained on features of frozen towers, computed once and kept.
 
-Where other methods take pictures these take features of images, and where the text tower is frozen,
-features of texts instead of ids. The tables of all training features stay on the devices; a batch
-names rows of them.
+Where other methods are trained on pictures these take features of images, and where the text tower
+is frozen, features of texts instead of ids. The tables of all training features stay on the
+devices; a batch names rows of them. Evaluation uses kept features, too; about any other picture a
+trained one is asked as every method is, once it has its towers (`FeatureMethod.with_towers`).
 """
 
 import abc
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.methods import losses
-from crn_jax.methods.base import Variables
+from crn_jax.methods.base import QueryVectors, Variables
 from crn_jax.methods.encoder import EncoderMethod
 from crn_jax.models.dual_encoder import DualEncoder
 
@@ -23,6 +24,9 @@ HALVES = {"image": ("image", "image_projection"), "text": ("text", "text_project
 # Parts of a batch that stay the same: [images, d] features of all training images, filled up;
 # [images] bool, False at what fills up; [texts, d] features of all training texts, filled up.
 TABLES = ("images", "counts", "texts")
+
+# Where the frozen towers stand among the parameters, beside the parts that are trained.
+_FROZEN = "frozen"
 
 
 def half(towers: dict, kind: str) -> dict:
@@ -51,27 +55,55 @@ class FeatureMethod(EncoderMethod):
       rows: of a table of features.
     """
 
+  @abc.abstractmethod
+  def compose_features(
+    self, variables: Variables, references: jax.Array, texts: jax.Array
+  ) -> QueryVectors:
+    """Answers queries.
+
+    Args:
+      variables: {'params', 'batch_stats'} of the parts.
+      references: [batch, d] features of images.
+      texts: [batch, d] features if the text tower is frozen, else ids [batch, words].
+    """
+
   def features(self, kind: str, params: dict, rows: jax.Array) -> jax.Array:
     """Features of a frozen tower.
 
     Args:
       kind: 'image' or 'text'.
       params: of that tower, see `half`.
-      rows: uint8 pictures [batch, height, width, 3], or ids [batch, words].
+      rows: pictures [batch, height, width, 3], normalised, or ids [batch, words].
 
     Returns:
       [batch, d] float32, not normalised.
     """
-    if kind == "text":
-      return self.encoder.apply({"params": params}, rows, method=DualEncoder.encode_texts).vectors
-    pictures = self.preprocessing.normalize(rows)
-    found = self.encoder.apply({"params": params}, pictures, method=DualEncoder.encode_images)
-    return found.vectors
+    encode = {"image": DualEncoder.encode_images, "text": DualEncoder.encode_texts}[kind]
+    return self.encoder.apply({"params": params}, rows, method=encode).vectors
+
+  def with_towers(self, variables: Variables, towers: dict) -> Variables:
+    """Variables with what `encode_images` and `compose` need beside the parts.
+
+    Args:
+      variables: {'params', 'batch_stats'} of the parts, as a checkpoint holds them.
+      towers: parameters of both towers; those that are trained are left out.
+    """
+    frozen = {name: tree for kind in self.frozen for name, tree in half(towers, kind).items()}
+    return {**variables, "params": {**variables["params"], _FROZEN: frozen}}
 
   def encode_images(self, variables: Variables, pictures: jax.Array) -> tuple[Any, jax.Array]:
-    """As `Method.encode_images`, of features [batch, d]."""
-    del variables
-    return pictures, losses.normalize(pictures)
+    """See `Method.encode_images`; of variables `with_towers`."""
+    features = self.features("image", variables["params"][_FROZEN], pictures)
+    return features, losses.normalize(features)
+
+  def compose(
+    self, variables: Variables, constants: Any, references: Any, tokens: jax.Array, mask: jax.Array
+  ) -> QueryVectors:
+    """See `Method.compose`; of variables `with_towers`."""
+    texts = tokens
+    if "text" in self.frozen:
+      texts = self.features("text", variables["params"][_FROZEN], tokens)
+    return self.compose_features(variables, references, texts)
 
   def tables(self, batch: dict) -> dict[str, jax.Array]:
     """The whole tables of a batch: gathered from the devices, over whose memory they are spread."""

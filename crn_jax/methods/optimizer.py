@@ -9,6 +9,9 @@ from crn_jax.errors import UserError
 
 ALGORITHMS = ("adam", "adamw", "sgd")
 
+# Elements below which `norm` joins arrays.
+_SMALL = 2**16
+
 
 def learning_rate(config: ml_collections.ConfigDict, steps_per_epoch: int, total_steps: int):
   """Schedule: step -> learning rate.
@@ -104,6 +107,18 @@ def average_parameters(average, params, step: jax.Array, decay: float):
   """
   decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
   return optax.incremental_update(params, average, 1.0 - decay)
+
+
+def norm(tree) -> jax.Array:
+  """Euclidean norm of all values of a tree, [].
+
+  As `optax.tree.norm`, but for rounding: small arrays, two thirds of a model's, are joined first,
+  since a sum of each would be a kernel, and lines of the program, of its own.
+  """
+  arrays = jax.tree.leaves(tree)
+  small = [x.ravel() for x in arrays if x.size < _SMALL]
+  large = [x for x in arrays if x.size >= _SMALL]
+  return optax.tree.norm([*large, jnp.concatenate(small)] if small else large)
 
 
 def _rate(factor: float, *names: str) -> optax.GradientTransformation:

@@ -146,6 +146,22 @@ class SingleBranch(Method):
     )
     return QueryVectors(composed, text_only, attention={})
 
+  @property
+  def scores_pairs(self) -> bool:
+    """A network that was not trained to rank would rank at random."""
+    name = self.composition.ranking_loss
+    return bool(name) and self.config.loss[name] > 0
+
+  def pair_query(self, variables, constants, references, tokens, mask):
+    if references is None:
+      reference = constants
+    else:
+      reference = self._apply(variables, Single.from_vectors, references)
+    return self._apply(variables, Single.pair_query, reference, tokens, mask)
+
+  def pair_scores(self, variables, query, images):
+    return self._apply(variables, Single.pair_scores, query, images)
+
   def _apply(self, variables: Variables, method, *args, **kwargs):
     own = {collection: tree[_PART] for collection, tree in variables.items()}
     return self.model.apply(own, *args, **kwargs, method=method)

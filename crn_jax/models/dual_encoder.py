@@ -28,7 +28,7 @@ class DualEncoderConfig:
     vector_dim: width d of the vectors.
     project_image, project_text: whether a linear layer brings the pooled token to d, and
       `project_bias` whether it has a bias.
-    mean, std, interpolation: of the pictures, see `Preprocessing`.
+    mean, std, interpolation, squeeze: of the pictures, see `Preprocessing`.
   """
 
   family: str
@@ -41,15 +41,21 @@ class DualEncoderConfig:
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   interpolation: str
+  squeeze: bool = False
 
   @property
   def preprocessing(self) -> Preprocessing:
-    """How pictures are normalised and resized; they are cropped to `image.image_size`."""
-    return Preprocessing(self.mean, self.std, self.interpolation)
+    """How pictures are normalised and brought to squares of `image.image_size`."""
+    return Preprocessing(self.mean, self.std, self.interpolation, self.squeeze)
 
   def to_dict(self) -> dict[str, Any]:
-    """Plain values, for JSON."""
-    return dataclasses.asdict(self)
+    """Plain values, for JSON; `squeeze` only where it is so.
+
+    Older descriptions do not have it: so those of towers that do not squeeze, and all that is kept
+    by them, stay the same.
+    """
+    found = dataclasses.asdict(self)
+    return found if self.squeeze else {k: v for k, v in found.items() if k != "squeeze"}
 
   @classmethod
   def from_dict(cls, content: Mapping[str, Any]) -> "DualEncoderConfig":
@@ -58,7 +64,7 @@ class DualEncoderConfig:
     Raises:
       UserError: if fields are missing or unknown, or values are none of theirs; names them.
     """
-    content = _exact(cls, content, "")
+    content = _exact(cls, {"squeeze": False} | dict(content), "")
     content["image"] = ImageTowerConfig(**_exact(ImageTowerConfig, content["image"], "image."))
     content["text"] = TextTowerConfig(**_exact(TextTowerConfig, content["text"], "text."))
     content |= {name: tuple(content[name]) for name in ("mean", "std")}
@@ -71,6 +77,7 @@ class DualEncoderConfig:
     _one_of("image.pooling", self.image.pooling, IMAGE_POOLINGS)
     _one_of("text.pooling", self.text.pooling, TEXT_POOLINGS)
     _one_of("interpolation", self.interpolation, INTERPOLATIONS)
+    _one_of("squeeze", self.squeeze, (True, False))
     for name, tower in (("image", self.image), ("text", self.text)):
       _one_of(f"{name}.activation", tower.activation, ACTIVATIONS)
       if tower.width % tower.heads:

@@ -85,7 +85,7 @@ class BatchNorm(nn.Module):
         var_ra.value = 0.9 * var_ra.value + 0.1 * var * (n / jnp.maximum(n - 1.0, 1.0))
     else:
       mean, var = mean_ra.value, var_ra.value
-    y = (x - mean) / jnp.sqrt(var + 1e-5) * scale + bias
+    y = (x - mean) * (scale / jnp.sqrt(var + 1e-5)) + bias
     return y.astype(self.dtype)
 
   def _batch_statistics(self, x, mask):

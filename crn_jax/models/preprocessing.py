@@ -14,11 +14,14 @@ class Preprocessing:
   Attributes:
     mean, std: of each RGB channel, in units of the full range (255).
     interpolation: with which pictures are resized, 'bilinear' or 'bicubic', antialiased.
+    squeeze: whether pictures are resized to squares, whatever their shape; else by their short
+      side, and the middle is cut out.
   """
 
   mean: tuple[float, float, float]
   std: tuple[float, float, float]
   interpolation: str
+  squeeze: bool = False
 
   def normalize(self, pictures):
     """(x / 255 - mean) / std per channel.

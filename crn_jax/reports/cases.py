@@ -64,10 +64,10 @@ class Cases:
     ranks: [queries] int, 0-based rank of every query's target in it, or `UNRANKED`.
     groups: "all", "found", "missed" -> rows of `split.queries`, those of the retrieval grids.
     attended: rows of `split.queries`, those of the picture of attention.
+    sizing: how the model's pictures are brought to its size.
     top: row of the groups -> (gallery position, score) of its first `TOP` images, best first.
     attention: part of the model -> [attended, words, h, w]; empty if the method has none.
     attention_notes: see `Method`.
-    interpolation: with which the model's pictures are resized.
   """
 
   split: EvalSplit
@@ -75,13 +75,15 @@ class Cases:
   ranks: np.ndarray
   groups: Mapping[str, np.ndarray]
   attended: np.ndarray
+  sizing: images.Sizing
   top: Mapping[int, Sequence[tuple[int, float]]] = dataclasses.field(default_factory=dict)
   attention: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
   attention_notes: Mapping[str, tuple[str, str]] = dataclasses.field(default_factory=dict)
-  interpolation: str = "bilinear"
 
   @classmethod
-  def choose(cls, split: EvalSplit, protocol: str, ranks: np.ndarray) -> "Cases":
+  def choose(
+    cls, split: EvalSplit, protocol: str, ranks: np.ndarray, sizing: images.Sizing
+  ) -> "Cases":
     """Which queries to show; what was found for them is not known yet."""
     groups = {
       "all": spread(np.arange(len(ranks)), _ROWS),
@@ -89,7 +91,7 @@ class Cases:
       "missed": missed(ranks, _ROWS),
     }
     attended = np.concatenate([found(ranks, _ATTENDED), missed(ranks, _ATTENDED)])
-    return cls(split, protocol, ranks, groups, attended)
+    return cls(split, protocol, ranks, groups, attended, sizing)
 
   @property
   def chosen(self) -> np.ndarray:
@@ -135,15 +137,13 @@ class Cases:
       table: the run's vocabulary.
       config: the whole configuration.
     """
-    split, data = self.split, config.data
-    rows = []
+    split, rows = self.split, []
     for i, query in enumerate(self.attended):
       words = shown_words(split.queries.texts[query], table)
       if not config.model.mask_padding:  # There padding acts like words.
         words += [Word("PAD", "padding")] * (table.max_words - len(words))
       path = split.image_paths[split.queries.reference[query]]
-      picture = images.read(path, data.resize, self.interpolation, data.max_ratio)
-      picture = images.center_crop(picture, data.image_size)
+      picture = images.center_crop(images.read(path, self.sizing), self.sizing.image_size)
       rank = self.ranks[query]
       outcome = "target not ranked" if rank == UNRANKED else f"target at rank {rank + 1}"
       rows.append(

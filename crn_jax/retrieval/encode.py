@@ -5,39 +5,52 @@ after the batch of images that holds their references, and no map outlives its b
 fetched a batch later, so that the device need not wait.
 """
 
-import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.dataset import EvalSplit, ImageStore
 from crn_jax.input_pipeline.tokenizers.base import Tokenizer
 from crn_jax.methods.base import Method, QueryVectors
 from crn_jax.parallel import AXIS, REPLICATED, SHARDED, DataParallel, is_primary
 from crn_jax.retrieval import ranking
+from crn_jax.retrieval.pairs import PairScores
 
-# Batches of images that the device is given beyond the one whose vectors are fetched.
-_AHEAD = 1
+# Batches that the device is given beyond the one whose vectors are fetched.
+AHEAD = 1
+
+
+def picture_sizing(method: Method) -> images.Sizing:
+  """How the pictures of a method are brought to its size: the one place that says it."""
+  data, preprocessing = method.config.data, method.preprocessing
+  return images.Sizing(
+    data.image_size, data.resize, preprocessing.interpolation, data.max_ratio, preprocessing.squeeze
+  )
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """Unit vectors of a split, [n, vector_dim] float32.
+  """Unit vectors of a split, [n, vector_dim] float32, and what is added to their products.
 
   Attributes:
     images: one row an image of the split; also the image-only query of a reference.
     composed: one row a query.
     text_only: one row a query, of its text alone.
+    added: "composed", "text_only" -> what is added to the products of such queries with images:
+      rows of the split's queries [r] -> [r, images] float32, computed when asked for, by all
+      processes together. Empty for a method that ranks by vectors alone.
   """
 
   images: np.ndarray
   composed: np.ndarray
   text_only: np.ndarray
+  added: Mapping[str, Callable[[np.ndarray], np.ndarray]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +63,7 @@ class Encoder:
     constants: variables -> what all queries share.
     encode_images: (variables, pictures) -> (what composing needs of references, vectors).
     compose: ((variables, constants), references, rows, tokens, mask) -> `QueryVectors`.
+    pairs: programs of the method's scores of pairs; None if it has none.
   """
 
   parallel: DataParallel
@@ -57,6 +71,7 @@ class Encoder:
   constants: Callable
   encode_images: Callable
   compose: Callable
+  pairs: PairScores | None = None
 
   @classmethod
   def create(cls, method: Method, parallel: DataParallel) -> "Encoder":
@@ -87,6 +102,7 @@ class Encoder:
       parallel.map(method.precise(method.constants), REPLICATED),
       parallel.map(method.precise(encode_images), (SHARDED, REPLICATED)),
       parallel.map(method.precise(compose), REPLICATED),
+      PairScores.create(method, parallel) if method.scores_pairs else None,
     )
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
@@ -108,29 +124,34 @@ class Encoder:
       total=n_images, desc=f"encode {split.name}", unit="image", leave=False,
       disable=None if is_primary() else True,  # None: a log file needs no animation.
     )  # fmt: skip
-    under_way = collections.deque()  # A batch of images: [(array to fill, rows, device array)].
 
-    def finish_one():
-      for array, rows, values in under_way.popleft():
-        array[rows] = self.parallel.fetch(values)[: len(rows)]
-      progress.update(min(batch, n_images - progress.n))
-
-    for i, placed in enumerate(self._pictures(split.image_paths, split.store)):
+    def start(numbered):
+      """A batch of images, with its queries: [(array to fill, rows, device array)]."""
+      i, placed = numbered
       references, image_vectors = self.encode_images(variables, placed)
       started = [(vectors, np.arange(i * batch, min((i + 1) * batch, n_images)), image_vectors)]
       due = np.flatnonzero(split.queries.reference // batch == i)
-      for start in range(0, len(due), batch):
-        queries = due[start : start + batch]
+      for first in range(0, len(due), batch):
+        queries = due[first : first + batch]
         rows = split.queries.reference[queries] % batch
         out = self._compose(shared, references, rows, tokens[queries], mask[queries])
         started += [(composed, queries, out.composed), (text_only, queries, out.text_only)]
-      under_way.append(started)
-      if len(under_way) > _AHEAD:
-        finish_one()
-    while under_way:
-      finish_one()
+      return started
+
+    placed = enumerate(self._pictures(split.image_paths, split.store))
+    for started in loader.under_way(placed, start, AHEAD):
+      for array, rows, values in started:
+        array[rows] = self.parallel.fetch(values)[: len(rows)]
+      progress.update(min(batch, n_images - progress.n))
     progress.close()
-    return Encoded(vectors, composed, text_only)
+    added = {}
+    if self.pairs is not None:
+      asked = (split.queries.reference, tokens, mask)
+      added = {
+        kind: functools.partial(self.pairs.compute, kind, shared, vectors, asked)
+        for kind in self.pairs.ask
+      }
+    return Encoded(vectors, composed, text_only, added)
 
   def attention(
     self, variables, split: EvalSplit, queries: Sequence[int], vocabulary: Tokenizer
@@ -163,20 +184,15 @@ class Encoder:
 
   def _pictures(self, paths: Sequence[str], store: ImageStore | None) -> Iterator:
     """Batches of the images, placed on the devices; the last one is filled up."""
-    config = self.method.config
-    data = config.data
     batches = loader.eval_image_batches(
       paths,
-      batch_size=config.eval.batch_size,
-      image_size=data.image_size,
-      resize=data.resize,
-      interpolation=self.method.preprocessing.interpolation,
-      max_ratio=data.max_ratio,
+      batch_size=self.method.config.eval.batch_size,
+      sizing=picture_sizing(self.method),
       store=store,
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    return loader.prefetch_to_device(batches, self.parallel.shard)
+    return loader.under_way(batches, self.parallel.shard)
 
   def _compose(self, shared, references, rows, tokens, mask) -> QueryVectors:
     """Composes up to a batch of queries whose references are `rows` of a batch of images."""

@@ -5,6 +5,7 @@ Features are kept on disk (`kept_features`). The program holds the tables alone:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from crn_jax.methods import losses
 from crn_jax.methods.features import FeatureMethod, half
 from crn_jax.parallel import AXIS, REPLICATED, DataParallel
 from crn_jax.retrieval import kept_features, ranking
-from crn_jax.retrieval.encode import Encoded
+from crn_jax.retrieval.encode import AHEAD, Encoded, picture_sizing
 from crn_jax.retrieval.kept_features import KeptFeatures
 
 Text = tuple[str, ...]  # The captions of one query.
@@ -168,10 +169,12 @@ class _Frozen:
   def create(cls, method, towers, weights, parallel, tokenizer) -> "_Frozen":
     """Arguments as of `compute`."""
     config, description = method.config, method.encoder_config
-    data, preprocessing = config.data, method.preprocessing
+    preprocessing, sizing = method.preprocessing, picture_sizing(method)
+    pictures = [sizing.resize, sizing.image_size, sizing.max_ratio, sizing.interpolation]
     facts = {
       "image": {
-        "pictures": [data.resize, data.image_size, data.max_ratio, preprocessing.interpolation],
+        # Without a word where nothing is squeezed, as older features have it.
+        "pictures": [*pictures, "squeezed"] if sizing.squeeze else pictures,
         "normalised": [preprocessing.mean, preprocessing.std],
       },
       "text": {},
@@ -179,7 +182,7 @@ class _Frozen:
     halves = {kind: half(towers, kind) for kind in method.frozen}
     kept = {
       kind: KeptFeatures.of(
-        data.features,
+        config.data.features,
         facts[kind] | {
           "kind": kind,
           "weights": weights[kind],
@@ -192,7 +195,8 @@ class _Frozen:
     }  # fmt: skip
 
     def encoder(kind):
-      return lambda params, rows: _gathered(method.features(kind, params, rows))
+      prepare = {"image": preprocessing.normalize, "text": lambda ids: ids}[kind]
+      return lambda params, rows: _gathered(method.features(kind, params, prepare(rows)))
 
     encode = {kind: parallel.map(method.precise(encoder(kind)), REPLICATED) for kind in halves}
     placed = {kind: parallel.replicate(params) for kind, params in halves.items()}
@@ -206,10 +210,7 @@ class _Frozen:
       return loader.eval_image_batches(
         paths[first:last],
         batch_size=config.eval.batch_size,
-        image_size=config.data.image_size,
-        resize=config.data.resize,
-        interpolation=self.method.preprocessing.interpolation,
-        max_ratio=config.data.max_ratio,
+        sizing=picture_sizing(self.method),
         store=store,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
@@ -232,8 +233,10 @@ class _Frozen:
 
   def _rows(self, kind: str, keys: Sequence[str], batches: Callable, show: str) -> np.ndarray:
     def compute(first, last):
-      placed = loader.prefetch_to_device(batches(first, last), self.parallel.shard)
-      found = [self.parallel.fetch(self.encode[kind](self.placed[kind], rows)) for rows in placed]
+      placed = loader.under_way(batches(first, last), self.parallel.shard)
+      encode = functools.partial(self.encode[kind], self.placed[kind])
+      encoded = loader.under_way(placed, encode, AHEAD)
+      found = [self.parallel.fetch(features) for features in encoded]
       return np.concatenate(found)[: last - first]
 
     return self.kept[kind].rows(kind, keys, compute, show)
@@ -251,7 +254,7 @@ class FeatureEncoder:
     parallel: layout over devices.
     method: built with the axis `parallel.AXIS`.
     features: of the data set.
-    compose: (variables, references, texts or tokens, mask) -> `QueryVectors`.
+    compose: (variables, references, texts) -> `QueryVectors`, see `compose_features`.
   """
 
   parallel: DataParallel
@@ -270,25 +273,29 @@ class FeatureEncoder:
     """
     parallel.check_batch_size(method.config.eval.batch_size, "eval.batch_size")
 
-    def compose(variables, references, texts, mask):
-      return _gathered(method.compose(variables, (), references, texts, mask))
+    def compose(variables, references, texts):
+      return _gathered(method.compose_features(variables, references, texts))
 
     return cls(parallel, method, features, parallel.map(method.precise(compose), REPLICATED))
 
   def encode(self, variables, split: EvalSplit, vocabulary: Tokenizer) -> Encoded:
     """See `Encoder.encode`."""
     features, batch = self.features.evals[split.name], self.method.config.eval.batch_size
-    tokens, mask = vocabulary.encode_all(split.queries.texts)
+    tokens, _ = vocabulary.encode_all(split.queries.texts)
     texts = tokens if features.texts is None else features.texts
     n, width = len(split.queries), self.method.vector_dim
     composed, text_only = np.zeros((n, width), np.float32), np.zeros((n, width), np.float32)
-    for start in range(0, n, batch):
-      due = np.arange(start, min(start + batch, n))
+
+    def start(first):
+      due = np.arange(first, min(first + batch, n))
       # Padded by repetition to the one compiled shape.
       local = np.split(np.resize(due, batch), jax.process_count())[jax.process_index()]
-      rows = (features.images[split.queries.reference[local]], texts[local], mask[local])
-      out = self.parallel.fetch(self.compose(variables, *self.parallel.shard(rows)))
-      composed[due], text_only[due] = out.composed[: len(due)], out.text_only[: len(due)]
+      rows = (features.images[split.queries.reference[local]], texts[local])
+      out = self.compose(variables, *self.parallel.shard(rows))
+      return due, (out.composed, out.text_only)
+
+    for due, values in loader.under_way(range(0, n, batch), start, AHEAD):
+      composed[due], text_only[due] = (v[: len(due)] for v in self.parallel.fetch(values))
     images = ranking.empty_features(*features.images.shape)
     images[:] = losses.normalize(features.images)
     return Encoded(images, composed, text_only)

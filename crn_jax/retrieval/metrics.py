@@ -46,6 +46,14 @@ class Outcome:
   def __len__(self) -> int:
     return len(self.ranks)
 
+  @classmethod
+  def joined(cls, parts: Sequence["Outcome"]) -> "Outcome":
+    """One of several parts' queries, in their order."""
+    columns = zip(
+      *([getattr(p, f.name) for f in dataclasses.fields(cls)] for p in parts), strict=True
+    )
+    return cls(*(None if c[0] is None else np.concatenate(c) for c in columns))
+
   def of(self, queries: np.ndarray) -> "Outcome":
     """Of some queries: rows or a mask."""
     values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}

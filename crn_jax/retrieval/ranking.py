@@ -6,7 +6,9 @@ block_size x gallery floats. It is the evaluation of the PyTorch release of CRN 
 Retrieval via Cross Relation Network with Hierarchical Aggregation Transformer", IEEE TIP 2023),
 except that equal scores have a defined order: the earlier gallery position comes first.
 
-Features are compared in float32. Nothing here knows what a query or a gallery item is.
+What no product of vectors can say of a query and an item may be given as `added`: scores that are
+added to the products before anything is ranked. Features are compared in float32. Nothing here
+knows what a query or a gallery item is.
 """
 
 import dataclasses
@@ -70,6 +72,7 @@ def target_ranks(
   exclude: Array | Sequence[int],
   *,
   labels: Array | Sequence[int] | None = None,
+  added: Array | None = None,
   block_size: int = BLOCK_SIZE,
 ) -> np.ndarray:
   """Rank of every query's target in the gallery by descending dot product.
@@ -86,6 +89,7 @@ def target_ranks(
     exclude: [q] int, gallery position to leave out (the reference image), -1 for none.
     labels: [g] int, 0 or greater; every item with the label `target` is a target (Fashion200k: the
       images of one caption).
+    added: [q, g] float32 added to the products; None adds nothing.
     block_size: queries scored at a time. One program is compiled per (block_size, g, d); the last
       block is padded.
 
@@ -105,10 +109,13 @@ def target_ranks(
   else:
     target, labels = _checked_labels(target, labels, len(queries), n_gallery)
   exclude = _checked_positions("exclude", exclude, len(queries), n_gallery)
+  given = (queries, target, exclude)
+  if added is not None:
+    given += (_checked_added(added, len(queries), n_gallery),)
   targets_of = _positions_by_label(labels)
   ranks = np.empty(len(queries), np.int64)
-  for rows, (block, t, e) in _blocks((queries, target, exclude), block_size):
-    found = _rank_block(block, gallery, targets_of(t), e)
+  for rows, (block, t, e, *more) in _blocks(given, block_size):
+    found = _rank_block(block, gallery, targets_of(t), e, *more)
     ranks[rows] = np.asarray(found)[: rows.stop - rows.start]
   return np.where(ranks < 0, UNRANKED, ranks)
 
@@ -120,6 +127,7 @@ def top_k(
   exclude: Array | Sequence[int],
   *,
   allowed: Array | None = None,
+  added: Array | None = None,
   block_size: int = BLOCK_SIZE,
 ) -> tuple[np.ndarray, np.ndarray]:
   """The k best gallery items of every query, best first; equal scores in gallery order.
@@ -131,6 +139,7 @@ def top_k(
     exclude: [q] int, gallery position to leave out, -1 for none. It scores EXCLUDED_SCORE, so it
       shows up, last, only when more is asked for than there is beside it.
     allowed: [q, g] bool, False where an item is left out like an excluded one; None allows all.
+    added: as in `target_ranks`.
     block_size: queries scored at a time, as in `target_ranks`.
 
   Returns:
@@ -143,7 +152,7 @@ def top_k(
     raise ValueError(f"k must be at least 1, got {k}")
   queries, gallery = _checked_features(queries, gallery)
   exclude = _checked_positions("exclude", exclude, len(queries), len(gallery))
-  given = (queries, exclude)
+  optional = {}
   if allowed is not None:
     allowed = np.asarray(allowed)
     if allowed.shape != (len(queries), len(gallery)) or allowed.dtype != bool:
@@ -151,24 +160,30 @@ def top_k(
         f"allowed: expected bool [{len(queries)}, {len(gallery)}], got {allowed.dtype} "
         f"{list(allowed.shape)}"
       )
-    given += (allowed,)
+    optional["allowed"] = allowed
+  if added is not None:
+    optional["added"] = _checked_added(added, len(queries), len(gallery))
   k = min(k, len(gallery))
   indices = np.empty((len(queries), k), np.int64)
   scores = np.empty((len(queries), k), np.float32)
-  for rows, (block, *left_out) in _blocks(given, block_size):
-    best_scores, best = _top_k_block(block, gallery, *left_out, k=k)
+  for rows, (block, e, *more) in _blocks((queries, exclude, *optional.values()), block_size):
+    named = dict(zip(optional, more, strict=True))
+    best_scores, best = _top_k_block(block, gallery, e, **named, k=k)
     indices[rows] = np.asarray(best)[: rows.stop - rows.start]
     scores[rows] = np.asarray(best_scores)[: rows.stop - rows.start]
   return indices, scores
 
 
-def subset_order(queries: np.ndarray, items: np.ndarray, subsets: np.ndarray) -> np.ndarray:
+def subset_order(
+  queries: np.ndarray, items: np.ndarray, subsets: np.ndarray, added: np.ndarray | None = None
+) -> np.ndarray:
   """Rankings of a few items of its own for every query, by descending dot product.
 
   Args:
     queries: [q, d] query features.
     items: [n, d] item features.
     subsets: [q, m] int rows of items, -1 for none.
+    added: [q, n] float32 added to the products; None adds nothing.
 
   Returns:
     [q, m] int, the rows best first, equal scores in their order; -1 stands last.
@@ -179,14 +194,17 @@ def subset_order(queries: np.ndarray, items: np.ndarray, subsets: np.ndarray) ->
     rows = slice(start, start + BLOCK_SIZE)
     # A sum of its own for each pair, so that equal items score the same.
     np.einsum("qd,qmd->qm", queries[rows], items[subsets[rows]], out=scores[rows])
+  if added is not None:
+    scores += np.take_along_axis(added, subsets, axis=1)  # -1 takes what is not ranked below.
   scores[subsets < 0] = -np.inf
   order = np.lexsort((subsets, -scores), axis=1)
   return np.take_along_axis(subsets, order, axis=1)
 
 
 @jax.jit
-def _rank_block(queries, gallery, targets, exclude):
-  scores = _scores(queries, gallery)  # (block, g); the only large value, read once by the count.
+def _rank_block(queries, gallery, targets, exclude, added=None):
+  # (block, g); the only large value, read once by the count.
+  scores = _scores(queries, gallery, added)
   n_gallery = gallery.shape[0]
   exclude = exclude[:, None]
   # Taken from the same product as all others: a dot product of its own could differ in the last bit
@@ -214,8 +232,8 @@ def _rank_block(queries, gallery, targets, exclude):
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _top_k_block(queries, gallery, exclude, allowed=None, *, k):
-  scores = _scores(queries, gallery)
+def _top_k_block(queries, gallery, exclude, allowed=None, added=None, *, k):
+  scores = _scores(queries, gallery, added)
   column = jnp.arange(gallery.shape[0], dtype=jnp.int32)[None, :]
   left_out = column == exclude[:, None]
   if allowed is not None:
@@ -223,9 +241,10 @@ def _top_k_block(queries, gallery, exclude, allowed=None, *, k):
   return jax.lax.top_k(jnp.where(left_out, EXCLUDED_SCORE, scores), k)
 
 
-def _scores(queries, gallery):
+def _scores(queries, gallery, added):
   # Default precision is TF32 or bfloat16 on accelerators, which reorders close neighbours.
-  return jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+  products = jnp.matmul(queries, gallery.T, precision=jax.lax.Precision.HIGHEST)
+  return products if added is None else products + added
 
 
 def _positions_by_label(labels: np.ndarray):
@@ -268,6 +287,12 @@ def _checked_features(queries: Array, gallery: Array | Gallery) -> tuple[np.ndar
   if len(features) == 0:
     raise ValueError("the gallery is empty")
   return _finite("queries", queries), (checked or Gallery.create(gallery)).features
+
+
+def _checked_added(added: Array, n_queries: int, n_gallery: int) -> np.ndarray:
+  if added.shape != (n_queries, n_gallery):
+    raise ValueError(f"added: expected [{n_queries}, {n_gallery}], got {list(added.shape)}")
+  return _finite("added", added)
 
 
 def _finite(name: str, features: Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the last two and the best, by Orbax, written in the background.
+"""Checkpoints of a run: the last two and the best, by Orbax, written in a thread of their own.
 
 A checkpoint appears complete or not at all, carries checksums, and takes the place of an older one
 only once it is complete. So whatever happens there is one to continue from: a full disk keeps the
@@ -47,11 +47,8 @@ class CheckpointReader:
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder).absolute()
     logging.get_absl_logger().addFilter(_not_of_orbax)
-    self._manager = self._open()
-
-  def _open(self) -> ocp.CheckpointManager:
     # Lightweight: otherwise Orbax reads the metrics of all checkpoints at once.
-    return ocp.CheckpointManager(
+    self._reader = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(
         read_only=True, lightweight_initialize=True, multiprocessing_options=alone.options()
@@ -62,7 +59,7 @@ class CheckpointReader:
     return self
 
   def __exit__(self, *_) -> None:
-    self._manager.close()
+    self._reader.close()
 
   def steps(self) -> list[int]:
     """Steps of all checkpoints that are there now, rising."""
@@ -187,7 +184,7 @@ class CheckpointReader:
       raise DamagedError(f"{path}: damaged checkpoint ({reason})") from error
 
   def _metadata(self, step: int) -> dict:
-    return self._manager.metadata(step).custom_metadata or {}
+    return self._reader.metadata(step).custom_metadata or {}
 
 
 class Checkpoints(CheckpointReader):
@@ -197,13 +194,14 @@ class Checkpoints(CheckpointReader):
   """
 
   def __init__(self, folder: str | os.PathLike):
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     super().__init__(folder)
-    self._writing: int | None = None
+    self._set_aside_unreadable_metrics()
+    self._manager = self._open()
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._writing: tuple[int, concurrent.futures.Future] | None = None  # Step, and its writing.
 
   def _open(self) -> ocp.CheckpointManager:
-    self._folder.mkdir(parents=True, exist_ok=True)
-    self._set_aside_unreadable_metrics()
-
     def rank(metrics):
       return metrics[_METRIC], metrics[_ORDER]
 
@@ -211,9 +209,11 @@ class Checkpoints(CheckpointReader):
       preservation_policy.LatestN(2),
       preservation_policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False),
     ]
-    return ocp.CheckpointManager(
+    return alone.Manager(
       self._folder,
+      item_handlers=alone.waiting_handler(),
       options=ocp.CheckpointManagerOptions(
+        enable_async_checkpointing=False,  # It is called in a thread, see `_write`.
         best_fn=rank,
         preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
         cleanup_tmp_directories=True,
@@ -223,17 +223,22 @@ class Checkpoints(CheckpointReader):
     )
 
   def __exit__(self, *_) -> None:
-    self.wait()
-    super().__exit__()
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._manager.close()
+      super().__exit__()
 
   def save(self, state: Any, metric: float | None = None, results: dict | None = None) -> None:
-    """Starts writing a state; returns as soon as the one before is written.
+    """Starts writing a state; returns once that is computed and the one before it is written.
 
     A failure of the disk (it is full) is no error: it is shown as a warning at the next call of
-    this class; the checkpoints there are stay as they are.
+    this class; the checkpoints there are stay as they are. Any other error is raised there.
 
     Args:
-      state: dataclass with the field `step`; host arrays, one copy (not one a device).
+      state: dataclass with the field `step`; arrays of the host or of one device, one copy, which
+        nobody changes or donates until they are written (`DataParallel.copy`).
       metric: value of eval.best_metric at this state, if it was evaluated.
       results: results of the evaluation, if there was one.
     """
@@ -244,18 +249,20 @@ class Checkpoints(CheckpointReader):
       # Not even tried: Orbax would fill the disk for others and print a traceback an array.
       self._warn_not_written(step, f"needs {needed / 1e9:.3g} GB, {free / 1e9:.3g} GB are free")
       return
+    held = [state]
+    self._writing = step, self._thread.submit(self._write, step, held, metric, results)
+
+  def _write(self, step: int, held: list, metric: float | None, results: dict | None) -> None:
+    """Writes the state that is held, and lets go of it as soon as it is on the host."""
+    state = jax.tree.map(np.asarray, jax.device_get(held.pop()))
     order = {_METRIC: metric, _ORDER: -step}
     checksums = {field: checksum(tree) for field, tree in _fields(state).items()}
-    self._attempt(
+    self._manager.save(
       step,
-      lambda: self._manager.save(
-        step,
-        args=ocp.args.StandardSave(state),
-        metrics=None if metric is None else order,
-        custom_metadata={"checksums": checksums, "results": results, "layout": _STACKED},
-      ),
+      args=ocp.args.PyTreeSave(state),
+      metrics=None if metric is None else order,
+      custom_metadata={"checksums": checksums, "results": results, "layout": _STACKED},
     )
-    self._writing = step
 
   def check_space(self, state: Any) -> None:
     """Warns if the disk cannot hold what a run keeps: three checkpoints, and one being written."""
@@ -270,14 +277,25 @@ class Checkpoints(CheckpointReader):
 
   def poll(self) -> None:
     """Warns of a failure to write, if one has shown by now."""
-    if not self._manager.is_saving_in_progress():
+    if self._writing is not None and self._writing[1].done():
       self.wait()
 
   def wait(self) -> None:
     """Waits until everything is written, and warns of a failure."""
-    if self._writing is not None:
-      step, self._writing = self._writing, None
-      self._attempt(step, self._manager.wait_until_finished)
+    if self._writing is None:
+      return
+    step, writing = self._writing
+    concurrent.futures.wait([writing])
+    self._writing = None
+    try:
+      writing.result()
+    except Exception as error:
+      if not _of_the_disk(error):
+        raise
+      self._manager.reload()
+      for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)  # It fills the disk.
+      self._warn_not_written(step, str(error).splitlines()[0][:200])
 
   def require(self, step: int) -> None:
     """Waits, and raises UserError if the checkpoint of a step is not there."""
@@ -317,17 +335,6 @@ class Checkpoints(CheckpointReader):
         f"Restore the folder from a copy, or train anew with another --workdir"
       )
     return None
-
-  def _attempt(self, step: int, write: Callable[[], Any]) -> None:
-    try:
-      write()
-    except Exception as error:
-      if not _of_the_disk(error):
-        raise
-      self._manager.reload()
-      for partial in self._folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(partial, ignore_errors=True)  # It fills the disk.
-      self._warn_not_written(step, str(error).splitlines()[0][:200])
 
   def _warn_not_written(self, step: int, reason: str) -> None:
     kept = f"the one at step {self.steps()[-1]} is kept" if self.steps() else "there is none yet"

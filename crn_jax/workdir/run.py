@@ -77,9 +77,12 @@ _ADDED = {
   "zero_shot.slerp_weight": 0.5,
 }
 
+# The run of the training before this one, see `stages`.
+TOWERS = "towers"
+
 # What a run leaves in its folder.
 _WRITTEN = ("checkpoints", "damaged", "config.json", "vocab.json", "tokenizer", "data.json",
-            "towers.json", "towers", "metrics.jsonl", "events.out.tfevents.*", "eval.json",
+            "towers.json", TOWERS, "metrics.jsonl", "events.out.tfevents.*", "eval.json",
             "report.html", "pictures", "plugins", "other_data", "submission")  # fmt: skip
 
 
@@ -167,13 +170,24 @@ def check_folder(workdir: str | os.PathLike) -> None:
 
 def check_trained(workdir: str | os.PathLike) -> None:
   """Raises UserError unless the folder holds a trained run."""
+  workdir = pathlib.Path(workdir)
+  if _has_checkpoints(workdir / TOWERS) and not _has_checkpoints(workdir):
+    raise UserError(
+      f"{workdir}: holds no checkpoint of its own yet, only the fine-tuning of its towers; "
+      f"continue with python main.py --workdir={workdir}, or name {workdir / TOWERS}, which is a "
+      f"run as well: its queries are the sum of the features of image and text"
+    )
   for name in ("config.json", "vocab.json", "checkpoints"):
-    path = pathlib.Path(workdir) / name
+    path = workdir / name
     if not path.exists():
       raise UserError(
         f"{path}: not found, so {workdir} holds no trained run. Name the folder of a run with "
         f"--workdir, or train one with --mode=train"
       )
+
+
+def _has_checkpoints(workdir: pathlib.Path) -> bool:
+  return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def written(workdir: str | os.PathLike) -> list[pathlib.Path]:

@@ -1,17 +1,20 @@
 """A folder of converted towers searches as it is: untrained, and without a configuration."""
 
+import dataclasses
 import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from crn_jax import pretrained
 from crn_jax.catalogue import encoders, indexing, model
 from crn_jax.catalogue.retriever import Retriever
 from crn_jax.catalogue.store import Store
 from crn_jax.convert import backbone
 from crn_jax.errors import UserError
-from crn_jax.input_pipeline import images
+from crn_jax.input_pipeline import loader
+from crn_jax.retrieval.encode import picture_sizing
 from crn_jax.workdir import weights
 from tests import small_towers
 from tests.convert import small_swin
@@ -93,6 +96,15 @@ def test_another_tokenizer_is_another_model(towers, tmp_path):
   assert model.load(tmp_path / "moved").digest != before
 
 
+def test_towers_that_see_pictures_in_another_way_are_another_model(towers, monkeypatch):
+  folder, _ = towers
+  before, described = model.load(folder / "towers"), pretrained.read(str(folder / "towers"))
+  # As towers that were converted before squeezing was known describe themselves.
+  other = dataclasses.replace(described, squeeze=not described.squeeze)
+  monkeypatch.setattr(pretrained, "read", lambda folder: other)
+  assert model.load(folder / "towers").digest != before.digest
+
+
 @pytest.mark.parametrize("max_ratio", [None, 1.25])
 def test_pictures_are_prepared_as_in_training(max_ratio, towers, tmp_path):
   """An elongated one, which some trainings pad."""
@@ -101,10 +113,10 @@ def test_pictures_are_prepared_as_in_training(max_ratio, towers, tmp_path):
   data.update(max_ratio=max_ratio)
   pixels = np.random.default_rng(0).integers(0, 256, (90, 40, 3), np.uint8)
   Image.fromarray(pixels).save(tmp_path / "long.png")
-  interpolation = found.method.preprocessing.interpolation
-  trained = images.read(tmp_path / "long.png", data.resize, interpolation, max_ratio)
-  expected = images.center_crop(trained, data.image_size)
-  np.testing.assert_array_equal(encoders.Encoders(found).fit(pixels), expected)
+  (expected, *_) = loader.eval_image_batches(
+    [str(tmp_path / "long.png")], batch_size=1, sizing=picture_sizing(found.method)
+  )
+  np.testing.assert_array_equal(encoders.Encoders(found).fit(pixels), expected[0])
 
 
 def test_a_backbone_alone_is_no_model(tmp_path):

@@ -75,7 +75,9 @@ def test_a_folder_becomes_one_with_description_and_tokenizer(family, folders, tm
     24, 3, 28, 2,
   )  # fmt: skip
   assert found.preprocessing.mean == tuple(small_towers.MEAN)
-  assert found.preprocessing.interpolation == "bicubic"
+  assert (found.preprocessing.interpolation, found.preprocessing.squeeze) == {
+    "clip": ("bicubic", False), "siglip": ("bicubic", True), "siglip2": ("bilinear", False),
+  }[family]  # fmt: skip
   assert found.text.length == small_towers.LENGTH[family]
   jax.tree.map(
     np.testing.assert_array_equal, params_of(tmp_path / "out"), reference(folders[family])
@@ -202,7 +204,10 @@ SPOILT = {
   "too deep": (config_with(**{"text_config.num_hidden_layers": 3}), "missing text_model.encoder.l"),
   "not deep": (config_with(**{"vision_config.num_hidden_layers": 2}), "unexpected vision_model.e"),
   "other pictures": (
-    config_with(**{"vision_config.image_size": 30}),
+    lambda folder: [
+      config_with(**{"vision_config.image_size": 30})(folder),
+      preprocessing_with(**small_towers.preprocessing("clip", 30))(folder),
+    ],
     "position_embedding.weight has shape \\(17, 24\\) where \\(37, 24\\) is expected",
   ),
   "other words": (
@@ -251,6 +256,17 @@ def test_a_description_that_is_none_is_refused_by_field(folders):
     DualEncoderConfig.from_dict(content | {"image": image | {"head": 3}})
   with pytest.raises(UserError, match="image_size = 3: smaller than a patch of 5"):
     DualEncoderConfig.from_dict(content).with_image_size(3)
+
+
+def test_a_description_from_before_squeezing_is_of_towers_that_crop(folders):
+  content = dual_encoder.read_config(folders["clip"]).to_dict()
+  assert "squeeze" not in content  # So what is kept by the description stays of use.
+  assert not DualEncoderConfig.from_dict(content).preprocessing.squeeze
+  squeezing = dual_encoder.read_config(folders["siglip"])
+  assert squeezing.to_dict()["squeeze"] is True
+  assert DualEncoderConfig.from_dict(squeezing.to_dict()).with_image_size(36).preprocessing.squeeze
+  with pytest.raises(UserError, match="squeeze = 'yes': expected one of True, False"):
+    DualEncoderConfig.from_dict(content | {"squeeze": "yes"})
 
 
 def test_the_hub_is_asked_for_settings_and_tokenizer(monkeypatch, tmp_path):

@@ -127,9 +127,9 @@ def test_crop_outside_the_image_is_refused(top, left):
 
 
 def test_crop_larger_than_the_resized_image_is_refused():
-  images.check_sizes(resize=224, image_size=224)
+  images.check_sizing(images.Sizing(224, 224, "bilinear"))
   with pytest.raises(UserError, match="at least image_size = 256"):
-    images.check_sizes(resize=224, image_size=256)
+    images.check_sizing(images.Sizing(256, 224, "bilinear"))
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
@@ -389,7 +389,7 @@ def test_padded_images_are_those_of_torchvision(tmp_path, height, width, ratio):
   image = np.random.default_rng(height).integers(1, 256, (height, width, 3), np.uint8)
   path = tmp_path / "image.png"
   Image.fromarray(image).save(path)
-  found = images.center_crop(images.read(path, 48, "bicubic", ratio), 48)
+  found = images.center_crop(images.read(path, images.Sizing(48, 48, "bicubic", ratio)), 48)
   np.testing.assert_array_equal(found, torchvision_padded(image, ratio, 48))
 
 

@@ -21,12 +21,11 @@ from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 REPOSITORY = pathlib.Path(__file__).parents[2]
 MINI = REPOSITORY / "tests" / "goldens" / "mini_data" / "fashioniq"
 N = 11
+SIZING = images.Sizing(12, 16, "bilinear")
 SETTINGS = {
   "batch_size": 4,
-  "image_size": 12,
-  "resize": 16,
+  "sizing": SIZING,
   "augmentation": "random_crop_flip",
-  "interpolation": "bilinear",
   "seed": 3,
   "num_steps": 7,
 }
@@ -84,7 +83,9 @@ def test_batches_have_the_promised_shapes(split, vocabulary):
 
 def test_images_belong_to_their_texts(split, vocabulary):
   """Without augmentation every row is the central crop of the triplet's own images."""
-  for batch in read(split, vocabulary, augmentation="none", resize=14):
+  for batch in read(
+    split, vocabulary, augmentation="none", sizing=images.Sizing(12, 14, "bilinear")
+  ):
     for i, item in enumerate(items_of([batch])):
       for key in ("reference", "target"):
         path = split.image_paths[getattr(split.triplets, key)[item]]
@@ -209,7 +210,11 @@ def test_steps_per_epoch_drops_the_ragged_end():
       r"process_index: .* 0 \.\. 1, got 2",
       ValueError,
     ),
-    ({"resize": 11}, "resize: expected at least image_size = 12", UserError),
+    (
+      {"sizing": images.Sizing(12, 11, "bilinear")},
+      "resize: expected at least image_size = 12",
+      UserError,
+    ),
     ({"augmentation": "flip"}, "augmentation: expected one of", UserError),
     ({"start_step": 8}, r"start_step: expected 0 \.\. num_steps = 7, got 8", ValueError),
     ({"batch_size": 0}, "batch_size", UserError),
@@ -232,24 +237,21 @@ def test_broken_image_is_named(split, vocabulary, tmp_path):
       loader.eval_image_batches(
         [str(tmp_path / "absent.jpg")],
         batch_size=2,
-        image_size=12,
-        resize=16,
-        interpolation="bilinear",
+        sizing=SIZING,
       )
     )
 
 
 ABANDON = """
 import sys
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.readers import fashioniq
 from crn_jax.input_pipeline.tokenizers import words
 split = fashioniq.read(sys.argv[1], "dress").train
 vocabulary = words.Vocabulary.build(split.captions, markers="tokens", max_words=8)
 batches = loader.train_batches(
-  split, vocabulary, batch_size=4, image_size=12, resize=16, augmentation="none",
-  interpolation="bilinear", seed=0,
-  num_steps=1_000_000)
+  split, vocabulary, batch_size=4, sizing=images.Sizing(12, 16, "bilinear"), augmentation="none",
+  seed=0, num_steps=1_000_000)
 next(batches)
 raise RuntimeError("training failed")
 """
@@ -282,7 +284,7 @@ def write_grey_images(folder, n):
 def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
   paths = write_grey_images(tmp_path, n)
   batches = list(
-    loader.eval_image_batches(paths, batch_size=4, image_size=6, resize=8, interpolation="bilinear")
+    loader.eval_image_batches(paths, batch_size=4, sizing=images.Sizing(6, 8, "bilinear"))
   )
   assert [(b.shape, b.dtype) for b in batches] == [((4, 6, 6, 3), np.uint8)] * n_batches
   levels = [int(level) for b in batches for level in b[:, 0, 0, 0]]
@@ -291,7 +293,7 @@ def test_eval_batches_come_in_order_and_are_filled_up(tmp_path, n, n_batches):
 
 def test_eval_shards_join_to_the_global_batches(tmp_path):
   paths = write_grey_images(tmp_path, 7)
-  sizes = {"batch_size": 4, "image_size": 6, "resize": 8, "interpolation": "bilinear"}
+  sizes = {"batch_size": 4, "sizing": images.Sizing(6, 8, "bilinear")}
   shards = [
     list(loader.eval_image_batches(paths, **sizes, process_index=i, process_count=2))
     for i in range(2)
@@ -301,12 +303,36 @@ def test_eval_shards_join_to_the_global_batches(tmp_path):
 
 
 def test_eval_images_are_the_central_crops(split):
-  batches = loader.eval_image_batches(
-    split.image_paths, batch_size=8, image_size=12, resize=16, interpolation="bilinear"
-  )
+  batches = loader.eval_image_batches(split.image_paths, batch_size=8, sizing=SIZING)
   for image, path in zip(next(batches), split.image_paths, strict=True):
     resized = images.resize_short_side(images.decode(path), 16)
     np.testing.assert_array_equal(image, images.center_crop(resized, 12))
+
+
+@pytest.mark.parametrize("max_ratio", [None, 1.25])
+def test_squeezed_images_are_cropped_and_mirrored_at_random(split, vocabulary, max_ratio):
+  sizing = images.Sizing(12, 16, "bicubic", max_ratio, squeeze=True)
+  squeezed = {}
+  for path in split.image_paths:
+    pixels = images.decode(path)
+    if max_ratio:
+      pixels = images.pad_to_ratio(pixels, max_ratio)
+    squeezed[path] = np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BICUBIC))
+  assert len({images.decode(path).shape for path in squeezed}) > 2
+  (batch, *_) = read(split, vocabulary, sizing=sizing)
+  order, draws = loader.epoch_order(N, 3, 0)[:4], loader.epoch_draws(N, 3, 0)[:4]
+  for j, (key, rows) in enumerate((("reference", split.triplets.reference),
+                                   ("target", split.triplets.target))):  # fmt: skip
+    for i, row in enumerate(rows[order]):
+      expected = loader.augment(squeezed[split.image_paths[row]], draws[i, j], 12)
+      np.testing.assert_array_equal(batch[key][i], expected)
+  # Of the towers' own size there is nothing to cut off: only mirroring is left.
+  whole = images.Sizing(16, 16, "bicubic", max_ratio, squeeze=True)
+  (batch, *_) = read(split, vocabulary, sizing=whole)
+  for i, row in enumerate(split.triplets.reference[order]):
+    expected = squeezed[split.image_paths[row]]
+    mirrored = expected[:, ::-1] if draws[i, 0, 2] < 0.5 else expected
+    np.testing.assert_array_equal(batch["reference"][i], mirrored)
 
 
 def test_images_of_the_right_size_arrive_untouched(tmp_path, vocabulary):
@@ -315,7 +341,9 @@ def test_images_of_the_right_size_arrive_untouched(tmp_path, vocabulary):
   rows = np.zeros(4, np.int32)
   triplets = Triplets(rows, rows, (("w0",),) * 4)
   split = TrainSplit((str(tmp_path / "image.png"),), triplets, ("w0",))
-  (batch,) = read(split, vocabulary, num_steps=1, resize=12, augmentation="none")
+  (batch,) = read(
+    split, vocabulary, num_steps=1, sizing=images.Sizing(12, 12, "bilinear"), augmentation="none"
+  )
   np.testing.assert_array_equal(batch["reference"], np.stack([pixels] * 4))
 
 
@@ -328,7 +356,7 @@ def test_reader_of_fashioniq_feeds_the_loader(vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_prefetch_keeps_order_and_puts_ahead(size):
+def test_batches_are_started_ahead_and_keep_their_order(size):
   put = []
 
   def record(batch):
@@ -336,12 +364,12 @@ def test_prefetch_keeps_order_and_puts_ahead(size):
     return -batch
 
   ahead = []
-  for i, batch in enumerate(loader.prefetch_to_device(range(4), record, size)):
+  for i, batch in enumerate(loader.under_way(range(4), record, size)):
     assert batch == -i
     ahead.append(len(put) - 1 - i)
   assert ahead == [min(size, 3 - i) for i in range(4)]
 
 
-def test_prefetch_of_nothing_is_refused():
+def test_nothing_ahead_is_refused():
   with pytest.raises(ValueError, match="size: expected 1 or more"):
-    loader.prefetch_to_device([], lambda batch: batch, 0)
+    loader.under_way([], lambda batch: batch, 0)

@@ -19,7 +19,7 @@ from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 from crn_jax.methods.crn import join
 from crn_jax.reports import cases, report, tables
 from crn_jax.retrieval import ranking
-from crn_jax.retrieval.encode import Encoded
+from crn_jax.retrieval.encode import Encoded, picture_sizing
 from tests import made_up
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
@@ -106,6 +106,7 @@ def test_any_image_of_the_targets_caption_is_a_hit(golden):
   positions, scores = ranking.top_k(queries, np.asarray(gallery), 10, exclude)
   rows = cases.Cases(
     split, "test_images", composed, {"all": np.arange(q)}, np.arange(0),
+    picture_sizing(made_up.Encoder(c).method),
     top={i: list(zip(positions[i], scores[i], strict=True)) for i in range(q)},
   ).grid_rows("all")  # fmt: skip
   assert [r.target_position for r in rows] == [f if f < 10 else None for f in first.tolist()]

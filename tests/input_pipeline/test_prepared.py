@@ -13,6 +13,8 @@ from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
 MINI = pathlib.Path(__file__).parents[1] / "goldens" / "mini_data"
 
+SIZING = images.Sizing(24, 32, "bilinear")
+
 
 def configured(config, root, folder):
   config.data.root, config.data.prepared = str(root), str(folder)
@@ -36,9 +38,7 @@ def batches(dataset):
       dataset.train,
       vocabulary,
       batch_size=2,
-      image_size=24,
-      resize=32,
-      interpolation="bilinear",
+      sizing=SIZING,
       augmentation="random_crop_flip",
       seed=1,
       num_steps=3,
@@ -64,15 +64,11 @@ def test_batches_are_those_of_the_plain_folder(dress, monkeypatch):
   (first, *_) = loader.eval_image_batches(
     val.image_paths,
     batch_size=4,
-    image_size=24,
-    resize=32,
-    interpolation="bilinear",
+    sizing=SIZING,
     store=val.store,
   )
   monkeypatch.undo()
-  (expected, *_) = loader.eval_image_batches(
-    val.image_paths, batch_size=4, image_size=24, resize=32, interpolation="bilinear"
-  )
+  (expected, *_) = loader.eval_image_batches(val.image_paths, batch_size=4, sizing=SIZING)
   np.testing.assert_array_equal(first, expected)
 
 

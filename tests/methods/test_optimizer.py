@@ -205,3 +205,13 @@ def test_an_unknown_algorithm_is_refused_by_name():
   config.optimizer.algorithm = "lion"
   with pytest.raises(ValueError, match="adam.*adamw.*sgd.*'lion'"):
     train(config, steps=1)
+
+
+@pytest.mark.parametrize("sizes", [(3,), (2**16,), (5, 2**16, 7, 2**17, 1)])
+def test_the_norm_is_that_of_all_values(sizes):
+  """To 1e-6: sums in float32, in another order."""
+  rng = np.random.default_rng(0)
+  tree = {str(i): rng.normal(size=size).astype(np.float32) for i, size in enumerate(sizes)}
+  tree["0"] = tree["0"].reshape(1, -1)
+  expected = np.linalg.norm(np.concatenate([x.ravel() for x in tree.values()]).astype(np.float64))
+  np.testing.assert_allclose(jax.jit(optimizer.norm)(tree), expected, rtol=1e-6)

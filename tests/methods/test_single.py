@@ -80,6 +80,15 @@ def test_a_network_for_pairs_rests_without_its_losses(weights, expected):
   assert small.model(c).unused_parameters() == expected
 
 
+def test_only_a_network_that_learnt_to_rank_ranks_pairs():
+  """An ablation without its loss is ranked by vectors alone."""
+  found = {name for name in COMPOSITIONS if small.model(config(name)).scores_pairs}
+  assert found == {"dcnet"}
+  c = config("dcnet")
+  c.loss.correction = 0.0
+  assert not small.model(c).scores_pairs
+
+
 def test_dcnet_learns_from_its_three_losses():
   """The sum of the terms with their weights, each of which is that of scores against the batch."""
   _, metrics, _ = gradient("dcnet")

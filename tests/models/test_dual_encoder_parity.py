@@ -34,7 +34,7 @@ def towers(request, tmp_path_factory):
 
 def of_model(family, model, folder):
   model.config.save_pretrained(folder)
-  small_towers.save_preprocessing(folder)
+  small_towers.save_preprocessing(family, folder)
   config = names.read_config(folder)
   return family, model, config, names.to_params(config, tensors(model), "the test's model")
 

@@ -4,7 +4,9 @@ import dataclasses
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from crn_jax.input_pipeline import images
 from crn_jax.methods.crn import CRN
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.reports import cases
@@ -134,8 +136,12 @@ class TestWords:
       assert len(self.words(texts, preset)) == table.encode(texts)[1].sum()
 
 
-def attended(split, ranks, chosen, attention) -> cases.Cases:
-  shown = cases.Cases.choose(split, "val_split", ranks)
+# As of `made_up.config`.
+SIZING = images.Sizing(32, 32, "bilinear")
+
+
+def attended(split, ranks, chosen, attention, sizing=SIZING) -> cases.Cases:
+  shown = cases.Cases.choose(split, "val_split", ranks, sizing)
   return dataclasses.replace(
     shown, attended=np.asarray(chosen), attention=attention, attention_notes=CRN.attention_notes
   )
@@ -184,6 +190,21 @@ class TestAttentionRows:
   def test_the_picture_is_the_crop_that_the_model_sees(self, tmp_path):
     _, rows = self.rows(tmp_path, made_up.config())
     assert rows[0].reference.shape == (32, 32, 3)
+
+  @pytest.mark.parametrize("squeeze", [False, True])
+  def test_the_picture_is_prepared_as_the_models(self, tmp_path, squeeze):
+    split, sizing = made_up.split(tmp_path), dataclasses.replace(SIZING, squeeze=squeeze)
+    path = split.image_paths[split.queries.reference[0]]
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 48, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    config = made_up.config()
+    table = made_up.vocabulary(config)
+    weights = made_up.Encoder(config).attention(None, split, [0], table)
+    shown = attended(split, np.zeros(20, int), [0], weights, sizing)
+    (row,) = shown.attention_rows(table, config)
+    size = (32, 32) if squeeze else (38, 32)
+    expected = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(row.reference, expected[:, (size[0] - 32) // 2 :][:, :32])
 
 
 @pytest.mark.usefixtures("quick_compile")

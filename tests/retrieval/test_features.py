@@ -36,9 +36,11 @@ def method(config, name: str = "clip4cir", folder=None):
   return tiny_towers.registry.create(config, tiny_towers.VOCAB_SIZE, AXIS)
 
 
-def compute(made, folder, name="clip4cir", towers=None, mode="shard_map", **changes):
+def compute(made, folder, name="clip4cir", towers=None, mode="shard_map", squeeze=False, **changes):
   config, dataset, words, own = made
   config = config.copy_and_resolve_references()
+  if squeeze:
+    config.model.encoder.squeeze = True
   config.data.update(changes)
   own_method, towers = method(config, name, folder), towers or own
   weights = features.digests(own_method, towers)
@@ -111,7 +113,7 @@ def test_they_are_computed_once_and_again_for_other_weights(made, tmp_path, enco
   assert {kind for kind, _ in encoded[n:]} == {"text"}
 
 
-@pytest.mark.parametrize("changed", [{"max_ratio": None}, {"resize": 40}])
+@pytest.mark.parametrize("changed", [{"max_ratio": None}, {"resize": 40}, {"squeeze": True}])
 def test_pictures_prepared_in_another_way_are_encoded_again(made, tmp_path, encoded, changed):
   compute(made, tmp_path)
   n = len(encoded)
@@ -143,6 +145,26 @@ def test_tables_are_spread_over_the_devices_and_filled_up(computed):
   assert placed["images"].shape[0] % 8 == 0
   np.testing.assert_array_equal(placed["images"][:n], computed.train.images)
   np.testing.assert_array_equal(placed["counts"], np.arange(len(placed["counts"])) < n)
+
+
+@pytest.mark.parametrize("name", ["clip4cir", "bank"])
+def test_with_its_towers_a_method_answers_about_pictures_as_about_their_features(
+  name, made, quick_compile, tmp_path
+):
+  config, dataset, words, towers = made
+  parallel, own = DataParallel.create("shard_map"), method(config, name, tmp_path)
+  weights = features.digests(own, towers)
+  found = features.compute(own, towers, weights, parallel, dataset, words)
+  trained = own.init(jax.random.key(1))
+  whole = own.with_towers(trained, towers)
+  assert set(whole["params"]) == {*own.parts, "frozen"}
+  split = dataset.evals[0]
+  kept = FeatureEncoder.create(own, parallel, found).encode(
+    parallel.replicate(trained), split, words
+  )
+  asked = Encoder.create(own, parallel).encode(parallel.replicate(whole), split, words)
+  for kind in ("images", "composed", "text_only"):
+    np.testing.assert_allclose(getattr(asked, kind), getattr(kept, kind), atol=1e-6)
 
 
 def test_evaluation_is_that_of_the_pictures(made, quick_compile, tmp_path):

@@ -319,6 +319,63 @@ class TestLabels:
       ranking.target_ranks(np.ones((1, 2)), np.ones((3, 2)), target, [-1], labels=labels)
 
 
+class TestAdded:
+  """What is added to the products of vectors."""
+
+  @pytest.fixture
+  def given(self):
+    """Queries, gallery, what is added, target, exclude; small integers, with many ties."""
+    rng = np.random.default_rng(8)
+    queries, gallery = small_integers(rng, 37, 4), small_integers(rng, 53, 4)
+    added = rng.integers(-3, 4, (37, 53)).astype(np.float32)
+    return queries, gallery, added, *rng.integers(-1, 53, (2, 37))
+
+  def test_ranks_are_those_of_the_sum(self, given):
+    queries, gallery, added, target, exclude = given
+    ranks = ranking.target_ranks(queries, gallery, target, exclude, added=added, block_size=16)
+    scores = queries @ gallery.T + added
+    np.testing.assert_array_equal(ranks, stable_ranks(scores, target, exclude))
+    assert np.any(ranks != stable_ranks(queries @ gallery.T, target, exclude))
+
+  @pytest.mark.parametrize("masked", [False, True])
+  def test_the_first_are_those_of_the_sum_and_show_it(self, given, masked):
+    queries, gallery, added, _, exclude = given
+    allowed = np.random.default_rng(9).random(added.shape) < 0.5 if masked else None
+    found, values = ranking.top_k(
+      queries, gallery, 5, exclude, added=added, allowed=allowed, block_size=16
+    )
+    scores = queries @ gallery.T + added
+    scores[np.arange(53) == exclude[:, None]] = ranking.EXCLUDED_SCORE
+    if masked:
+      scores[~allowed] = ranking.EXCLUDED_SCORE
+    expected = np.argsort(-scores, axis=1, kind="stable")[:, :5]
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, axis=1))
+
+  def test_subsets_are_ordered_by_the_sum(self, given):
+    queries, items, added, _, _ = given
+    rng = np.random.default_rng(10)
+    subsets = np.sort(rng.permuted(np.tile(np.arange(53), (37, 1)), axis=1)[:, :6], axis=1)
+    subsets[::3, 0] = -1
+    found = ranking.subset_order(queries, items, subsets, added)
+    scores = np.where(
+      np.arange(-1, 53) < 0, -np.inf, np.pad(queries @ items.T + added, ((0, 0), (1, 0)))
+    )
+    for query, rows, order in zip(scores, subsets, found, strict=True):
+      assert order.tolist() == rows[np.argsort(-query[rows + 1], kind="stable")].tolist()
+
+  def test_wrong_ones_are_refused(self, given):
+    queries, gallery, added, target, exclude = given
+    for wrong, message in (
+      (added[:, 1:], r"added: expected \[37, 53\], got \[37, 52\]"),
+      (np.where(added == 3, np.nan, added), "added: .* not finite"),
+    ):
+      with pytest.raises(ValueError, match=message):
+        ranking.target_ranks(queries, gallery, target, exclude, added=wrong)
+      with pytest.raises(ValueError, match=message):
+        ranking.top_k(queries, gallery, 3, exclude, added=wrong)
+
+
 class TestMemory:
   def test_a_block_needs_its_scores_and_little_more(self):
     # More would grow with the gallery times the block: a mask, a sorted copy, indices.

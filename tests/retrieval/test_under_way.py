@@ -6,9 +6,13 @@ import ml_collections
 import numpy as np
 import pytest
 
+from crn_jax.retrieval import features
 from crn_jax.retrieval.encode import Encoder
 
 BATCH, WIDTH = 4, 3
+METHOD = types.SimpleNamespace(
+  config=ml_collections.ConfigDict({"eval": {"batch_size": BATCH}}), vector_dim=WIDTH
+)
 
 
 class Devices:
@@ -38,10 +42,7 @@ def encoder(devices: Devices) -> Encoder:
     wanted = np.asarray(references)[rows]
     return types.SimpleNamespace(composed=repeated(wanted, 10), text_only=repeated(tokens[:, 0], 1))
 
-  method = types.SimpleNamespace(
-    config=ml_collections.ConfigDict({"eval": {"batch_size": BATCH}}), vector_dim=WIDTH
-  )
-  return Encoder(devices, method, lambda variables: (), encode_images, compose)
+  return Encoder(devices, METHOD, lambda variables: (), encode_images, compose)
 
 
 class Queries:
@@ -93,3 +94,45 @@ def test_a_batch_is_waited_for_once_the_next_one_is_under_way(encoded):
   assert log == [
     *first, "images", *5 * ["fetch"], "images", "compose", *4 * ["fetch"],
   ]  # fmt: skip
+
+
+def repeated_rows(numbers) -> np.ndarray:
+  return np.repeat(np.asarray(numbers, np.float32)[:, None], WIDTH, axis=1)
+
+
+# Of three batches: what is begun and what is waited for.
+ONE_AHEAD = ["begin", "begin", "fetch", "begin", "fetch", "fetch"]
+
+
+def test_features_of_a_batch_are_waited_for_once_the_next_one_is_under_way():
+  devices = Devices()
+
+  def encode(params, rows):
+    devices.log.append("begin")
+    return repeated_rows(rows[:, 0])
+
+  kept = types.SimpleNamespace(rows=lambda kind, keys, compute, show: compute(0, len(keys)))
+  frozen = features._Frozen(
+    METHOD, devices, VOCABULARY, {"text": {}}, {"text": encode}, {"text": kept}
+  )
+  found = frozen.texts(list(range(10)), "split")
+  np.testing.assert_array_equal(found, repeated_rows(range(10)))
+  assert devices.log == ONE_AHEAD
+
+
+def test_queries_of_features_are_waited_for_once_the_next_ones_are_under_way():
+  devices = Devices()
+
+  def compose(variables, references, texts):
+    devices.log.append("begin")
+    return types.SimpleNamespace(composed=10 * references, text_only=repeated_rows(texts[:, 0]))
+
+  queries = split(3, [0, 1, 2, 0, 1, 2, 0, 1, 2])
+  kept = features.SplitFeatures(repeated_rows([1, 2, 3]), None)
+  encoder = features.FeatureEncoder(
+    devices, METHOD, features.Features(None, {"split": kept}), compose
+  )
+  found = encoder.encode({}, queries, VOCABULARY)
+  np.testing.assert_array_equal(found.composed, 10 * kept.images[queries.queries.reference])
+  np.testing.assert_array_equal(found.text_only, repeated_rows(range(100, 109)))
+  assert devices.log == ONE_AHEAD

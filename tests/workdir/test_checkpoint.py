@@ -2,18 +2,32 @@
 
 import contextlib
 import errno
+import os
 import resource
 import shutil
 import signal
+import threading
+import weakref
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from jax.experimental import multihost_utils
 
 from crn_jax.errors import UserError
 from crn_jax.methods.base import TrainState
-from crn_jax.workdir.checkpoint import CheckpointReader, Checkpoints, DamagedError, checksum
+from crn_jax.parallel import REPLICATED, DataParallel
+from crn_jax.workdir.checkpoint import (
+  CheckpointReader,
+  Checkpoints,
+  DamagedError,
+  checksum,
+  steps,
+)
+
+WAIT = 60  # Seconds after which a thread that was not released fails.
 
 
 def state(step: int, size: int = 50) -> TrainState:
@@ -273,9 +287,121 @@ def test_a_programming_error_in_reading_or_saving_is_raised(tmp_path, monkeypatc
         checkpoints.restore_last(state(0))
     with monkeypatch.context() as patch:
       patch.setattr(ocp.CheckpointManager, "save", failing(None, error))
+      checkpoints.save(state(2))
       with pytest.raises(TypeError, match="unsupported operand"):
-        checkpoints.save(state(2))
+        checkpoints.require(2)
     assert checkpoints.steps() == [1]
+
+
+@contextlib.contextmanager
+def held_up(monkeypatch):
+  """Orbax as it writes to a disk so slow that it waits for an event, and what it does, in order."""
+  release, log, original = threading.Event(), [], ocp.CheckpointManager.save
+
+  def save(self, step, **kwargs):
+    log.append(f"begin {step}")
+    assert release.wait(WAIT)
+    done = original(self, step, **kwargs)
+    log.append(f"end {step}")
+    return done
+
+  with monkeypatch.context() as patch:
+    patch.setattr(ocp.CheckpointManager, "save", save)
+    yield release, log
+
+
+def test_a_slow_disk_does_not_hold_up_who_saves(tmp_path, monkeypatch):
+  with held_up(monkeypatch) as (release, log), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    checkpoints.poll()
+    assert checkpoints.steps() == []
+    release.set()
+    checkpoints.require(1)
+    assert log == ["begin 1", "end 1"]
+
+
+def test_checkpoints_are_written_one_after_the_other(tmp_path, monkeypatch):
+  with held_up(monkeypatch) as (release, log):
+    with Checkpoints(tmp_path) as checkpoints:
+      checkpoints.save(state(1))
+      release.set()
+      checkpoints.save(state(2))
+    assert log == ["begin 1", "end 1", "begin 2", "end 2"]
+  assert steps(tmp_path) == [1, 2]
+
+
+def test_a_state_is_saved_as_it_was_though_the_next_steps_take_its_memory(tmp_path, monkeypatch):
+  parallel = DataParallel.create("shard_map")
+  step = parallel.map(
+    lambda state, x: (jax.tree.map(lambda s: s + 1, state), jnp.sum(x)),
+    outputs=(REPLICATED, REPLICATED),
+    donate_first=True,
+  )
+  batch = parallel.shard(np.zeros((8, 1), np.float32))
+  placed, _ = step(parallel.replicate(state(0)), batch)
+  with held_up(monkeypatch) as (release, _), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(parallel.copy(placed))
+    for _ in range(3):
+      placed, _ = step(placed, batch)
+    jax.block_until_ready(placed)
+    release.set()
+    checkpoints.wait()
+    expected = jax.tree.map(lambda x: x + 1, state(0))
+    jax.tree.map(np.testing.assert_array_equal, checkpoints.restore(1, state(0)), expected)
+
+
+def test_a_copy_on_the_device_is_let_go_before_the_disk_is_written_to(tmp_path, monkeypatch):
+  written_to = threading.Event()
+  monkeypatch.setattr(
+    "crn_jax.workdir.checkpoint.checksum", lambda tree: written_to.set() or checksum(tree)
+  )
+  copy = jax.tree.map(jnp.asarray, state(1))
+  held = weakref.ref(copy.params["local"]["w"])
+  with held_up(monkeypatch) as (release, _), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(copy)
+    del copy
+    assert written_to.wait(WAIT)
+    assert held() is None
+    release.set()
+
+
+def test_an_error_in_the_thread_is_raised_once_and_leaves_no_thread(tmp_path, monkeypatch):
+  monkeypatch.setattr(ocp.CheckpointManager, "save", failing(None, TypeError("unsupported"), 9))
+  with pytest.raises(TypeError, match="unsupported"), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    with pytest.raises(TypeError, match="unsupported"):
+      checkpoints.save(state(2))
+    checkpoints.wait()
+    checkpoints.save(state(3))
+  assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
+
+
+@pytest.fixture
+def usual_handler():
+  """Of SIGINT, which a shell's jobs in the background ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_handler")
+def test_ctrl_c_while_waiting_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
+  with held_up(monkeypatch) as (release, _), Checkpoints(tmp_path) as checkpoints:
+    checkpoints.save(state(1))
+    with pytest.raises(KeyboardInterrupt):
+      threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
+      checkpoints.wait()
+    assert steps(tmp_path) == []
+    release.set()
+  assert steps(tmp_path) == [1]
+
+
+def test_who_saves_alone_does_not_ask_in_the_name_of_all_whether_to_stop(tmp_path, monkeypatch):
+  """JAX notes the number of the latest question, and has all processes stop by it."""
+  asked = []
+  monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+  save_all(tmp_path, [1.0, 2.0])
+  assert asked == []
 
 
 def test_fields_are_read_alone_and_checked(tmp_path):

@@ -4,6 +4,7 @@ They have one array a block and no number of a layout in their metadata (version
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -60,6 +61,14 @@ def test_parameters_moments_and_average_are_read_stacked(written, tmp_path):
     fields = checkpoints.restore_fields(STEP, like, ("average", "batch_stats"))
   assert equal(fields["average"], value.average)
   assert equal(fields["batch_stats"], value.batch_stats)
+
+
+def test_arrays_of_jax_are_read_by_who_writes_numpy(written, tmp_path):
+  """As a converted release was written."""
+  value, like = written
+  save_old(tmp_path, jax.tree.map(jnp.asarray, stacking.unstack(value)))
+  with Checkpoints(tmp_path) as checkpoints:
+    assert equal(checkpoints.restore_last(like), value)
 
 
 def test_one_checksum_for_all_is_read_too(written, tmp_path):

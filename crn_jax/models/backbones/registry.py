@@ -77,7 +77,14 @@ def check_prepared(folder: str, wanted: Preprocessing) -> None:
     folder: of prepared images, `data.prepared`; '' if there are none.
     wanted: by the model.
   """
-  if folder and wanted.interpolation != IMAGENET.interpolation:
+  if not folder:
+    return
+  if wanted.squeeze:
+    raise UserError(
+      "data.prepared: prepared images are resized by their short side, this model wants them "
+      "squeezed into squares: set data.prepared to ''"
+    )
+  if wanted.interpolation != IMAGENET.interpolation:
     raise UserError(
       f"data.prepared: prepared images are resized {IMAGENET.interpolation}, this model wants "
       f"{wanted.interpolation}: set data.prepared to ''"

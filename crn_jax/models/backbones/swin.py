@@ -15,7 +15,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.errors import UserError
-from crn_jax.models import linear
+from crn_jax.models import linear, random_keys
 from crn_jax.models.backbones import stacking, window_attention
 from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.backbones.remat import KEPT, rematerialised
@@ -186,10 +186,6 @@ class SwinBlock(nn.Module):
     y = checkpoint_name(y, KEPT)
     return x + _scaled(dense(x.shape[-1], self.dtype, "mlp_fc2")(gelu(y)), mlp)
 
-  def drop_path_keys(self) -> tuple[jax.Array, jax.Array]:
-    """PRNG keys of the two units' stochastic depth; a block's own, by its name."""
-    return self.make_rng("drop_path"), self.make_rng("drop_path")
-
 
 def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
   """[batch, h, w, dim] times [batch], multiplied in the factor's precision."""
@@ -340,7 +336,8 @@ class SwinTransformer(nn.Module):
     dropped = batch - undropped
     shards = jax.lax.axis_size(self.axis_name) if self.axis_name else 1
 
-    keys = jnp.stack([key for block in blocks for key in block.drop_path_keys()])
+    # Two keys a block, its own by its name.
+    keys = random_keys.of_children(self, "drop_path", [block.name for block in blocks], draws=2)
     kept = jax.vmap(lambda key, p: jax.random.bernoulli(key, p, (dropped * shards,)))(
       keys, np.repeat(keep, 2)
     ).reshape(len(blocks), 2, -1)

@@ -10,8 +10,10 @@ The composition network makes the query (5-8), the correction network a text of 
 Scores of a query with an image (9, 13, 17), each for a cross-entropy over the batch (14-16, 18):
   s_r = sum_e c_e . y_e,  s_c = sum_e d_e . t_e,  s_j = sum_e c_e . COMP(x_e, (d_e + t_e) / 2)
 
-Images are found by s_r, what table 3 of the paper calls "Joint (Comp)": s_c, which the full method
-adds to it, needs a network's pass for each pair of a query and an image.
+Where a run is evaluated, images are ranked by s_r + s_c. s_r is a product of vectors, s_c a pass of
+the correction network for each pair of images: what has vectors alone, an index or a catalogue,
+ranks by s_r, "Joint (Comp)" in table 3 of the paper. Query vectors are normalised there, so that
+both scores are divided by the length of sqrt(E) [c_1; ...; c_E], which changes no ranking.
 
 "ReLU for every FC layer with dropout of rate 0.2" is read as: but where a sigmoid or a softmax
 stands. x_e and t_e are normalised. FC_e is an expert's own, FC all experts'.
@@ -33,11 +35,12 @@ _PERTURBATION = 0.5  # gamma of eq. (17).
 
 
 class DCNet(Composition):
-  """Experts, composition network and, in training, correction network."""
+  """Experts, composition network and correction network."""
 
   normalised = False
   pair_losses = ("correction", "joint")
   pair_modules = ("correcting",)
+  ranking_loss = "correction"
 
   def setup(self):
     sizes = (self.config.feature_dim, self.axis_name, self.dtype)
@@ -69,6 +72,21 @@ class DCNet(Composition):
       "joint": jnp.sum(composed[:, None] * again, (-2, -1)),
     }
     return self._queries(composed), scores
+
+  def from_vectors(self, vectors):
+    return _unit(vectors.reshape(len(vectors), EXPERTS, -1)).astype(self.dtype)
+
+  def pair_query(self, reference, words, mask):
+    """Experts of the reference; those of the text in units of the query's length, float32."""
+    text = self.text_experts(words, mask, train=False)
+    (query,) = self._queries(self.composing(reference, text, train=False))
+    query, text = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, text))
+    return reference, text / _length(query)[:, None]
+
+  def pair_scores(self, query, images):
+    (reference, text), y = query, images
+    difference = self.correcting(reference[:, None], y[None], train=False)
+    return jnp.sum(difference * text[:, None], (-2, -1))
 
   def _queries(self, composed: jax.Array) -> tuple[jax.Array]:
     """Such that the product with an image's vector of unit length is s_r."""
@@ -190,7 +208,12 @@ class _CorrectionNetwork(nn.Module):
 
 def _unit(x: jax.Array) -> jax.Array:
   """x / |x| on the last axis; zero where x is, with a gradient that is."""
-  return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
+  return x / _length(x)
+
+
+def _length(x: jax.Array) -> jax.Array:
+  """|x| on the last axis, which stays; 1e-12 where it is less."""
+  return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
 
 
 def _joined(x: jax.Array) -> jax.Array:

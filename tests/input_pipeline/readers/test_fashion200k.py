@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from crn_jax.errors import UserError
-from crn_jax.input_pipeline import loader
+from crn_jax.input_pipeline import images, loader
 from crn_jax.input_pipeline.readers import fashion200k
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
 
@@ -168,8 +168,8 @@ def test_queries_and_groups_are_those_of_the_release(data, expected):
 
 
 SETTINGS = {
-  "batch_size": 4, "image_size": 8, "resize": 8, "augmentation": "none",
-  "interpolation": "bilinear", "seed": 3, "num_steps": 9,
+  "batch_size": 4, "sizing": images.Sizing(8, 8, "bilinear"), "augmentation": "none", "seed": 3,
+  "num_steps": 9,
 }  # fmt: skip
 
 

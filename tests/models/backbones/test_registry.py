@@ -41,6 +41,13 @@ def test_values_that_are_none_are_refused_by_field(fields, message):
     registry.preprocessing(config(**fields).model.backbone)
 
 
+def test_prepared_images_are_refused_where_pictures_are_squeezed():
+  wanted = dataclasses.replace(IMAGENET, squeeze=True)
+  with pytest.raises(UserError, match="data.prepared: .*by their short side, .* squeezed into sq"):
+    registry.check_prepared("folder", wanted)
+  registry.check_prepared("", wanted)
+
+
 def test_prepared_images_of_another_interpolation_are_refused():
   wanted = dataclasses.replace(IMAGENET, interpolation="bicubic")
   registry.check_prepared("", wanted)

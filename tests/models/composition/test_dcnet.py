@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.composition.dcnet import EXPERTS, POSITIONS, DCNet
+from tests.dcnet_by_hand import ByHand
 
 D, BATCH, WORDS = 6, 8, 5
 CONFIG = ml_collections.FrozenConfigDict({"feature_dim": D})
@@ -50,73 +51,6 @@ def apply(variables, *inputs, train=False, key=None, axis_name=None, dtype=jnp.f
   return module.apply(variables, *inputs, train=train, method=one_pass, rngs=rngs)
 
 
-class ByHand:
-  """The paper's equations for one query and one target, in NumPy and float64."""
-
-  def __init__(self, params):
-    self.params = params
-
-  def linear(self, x, *path):
-    p = self.params
-    for name in path:
-      p = p[name]
-    return x @ p["kernel"] + p["bias"]
-
-  def fc(self, x, *path):
-    return np.maximum(self.linear(x, *path, "linear"), 0)
-
-  def image(self, before, last):
-    """Eq. (1) and (2)."""
-    seen = [before.mean((0, 1)), last.mean((0, 1))] + [last[y, x] for x, y in POSITIONS]
-    return [unit(self.fc(v, "image_experts", f"expert{i}")) for i, v in enumerate(seen)]
-
-  def text(self, words):
-    """Eq. (4); words without padding."""
-    result = []
-    for e in range(EXPERTS):
-      m = self.params["text_experts"]["queries"][e]
-      scores = [
-        (self.fc(m * w, "text_experts", "hidden") @ self.params["text_experts"]["score"]["kernel"])[
-          0
-        ]
-        for w in words
-      ]
-      alpha = np.exp(scores) / np.sum(np.exp(scores))
-      attended = sum(a * w for a, w in zip(alpha, words, strict=True))
-      result.append(unit(self.fc(attended, "text_experts", f"expert{e}")))
-    return result
-
-  def composition(self, x, t):
-    """Eq. (5) to (8)."""
-    t = np.concatenate([t, x * t])
-    z = np.concatenate([x, t])
-    gate = 1 / (1 + np.exp(-self.linear(z, "composing", "gate"))) * x
-    residual = self.fc(self.fc(z, "composing", "hidden"), "composing", "residual")
-    w_g, w_r = self.params["composing"]["weights"]
-    return w_g * gate + w_r * residual
-
-  def correction(self, x, y):
-    """Eq. (10) to (12)."""
-    of_target = self.fc(np.concatenate([y * x, y]), "correcting", "target")
-    of_reference = self.fc(np.concatenate([y * x, x]), "correcting", "reference")
-    z = np.concatenate([x, y, of_target - of_reference])
-    return self.fc(z, "correcting", "difference")
-
-  def scores(self, x, t, y):
-    """s_r, s_c and s_j: eq. (9), (13) and (17)."""
-    s_r = s_c = s_j = 0
-    for x_e, t_e, y_e in zip(x, t, y, strict=True):
-      c, d = self.composition(x_e, t_e), self.correction(x_e, y_e)
-      s_r += c @ y_e
-      s_c += d @ t_e
-      s_j += c @ self.composition(x_e, 0.5 * d + 0.5 * t_e)
-    return s_r, s_c, s_j
-
-
-def unit(x):
-  return x / np.linalg.norm(x) if np.any(x) else x
-
-
 def normalised(x):
   return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -149,6 +83,33 @@ def test_retrieval_and_training_make_the_same_queries(given):
     found = DCNet(CONFIG, None, dtype=jnp.float64).apply(variables, method=retrieval)
     expected, _, _ = apply(variables, reference, target, words, mask)
   np.testing.assert_array_equal(found, expected)
+
+
+def test_images_are_ranked_by_both_scores(given):
+  """The product of unit vectors and what is added to it: s_r + s_c over the query's length, in the
+  units of which retrieval has both."""
+  variables, (reference, target, words, mask) = given
+  hand = ByHand(variables["params"])
+  x, y = (
+    [hand.image(m.stages[-2][i], m.map[i]) for i in range(BATCH)] for m in (reference, target)
+  )
+  t = [hand.text(w[m]) for w, m in zip(words, mask, strict=True)]
+  expected = np.array([[sum(hand.scores(x[i], t[i], y_)[:2]) for y_ in y] for i in range(BATCH)])
+  lengths = [hand.length(x[i], t[i]) for i in range(BATCH)]
+
+  def scores(module):
+    (_, (references,)), (_, (images,)) = (module.image(m, train=False) for m in (reference, target))
+    recovered, queried = (
+      module.from_vectors(v / jnp.linalg.norm(v, axis=1, keepdims=True))
+      for v in (images, references)
+    )
+    (query,) = module.compose(queried, words, mask, train=False)
+    added = module.pair_scores(module.pair_query(queried, words, mask), recovered)
+    return normalised(query) @ normalised(images).T + added
+
+  with jax.enable_x64():
+    found = np.asarray(DCNet(CONFIG, None, dtype=jnp.float64).apply(variables, method=scores))
+  np.testing.assert_allclose(found * np.array(lengths)[:, None], expected, rtol=TOLERANCE)
 
 
 def test_the_positions_are_those_of_the_paper(given):
