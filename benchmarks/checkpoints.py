@@ -42,11 +42,11 @@ def random_state(method):
   return jax.tree.map(values, state.abstract(method))
 
 
-def seconds(call) -> tuple[float, object]:
-  """Of a call, and what it gives."""
+def seconds(call, *args) -> float:
+  """Of a call."""
   start = time.perf_counter()
-  given = call()
-  return time.perf_counter() - start, given
+  call(*args)
+  return time.perf_counter() - start
 
 
 def measured(config, saves: int, folder: pathlib.Path) -> dict:
@@ -64,14 +64,18 @@ def measured(config, saves: int, folder: pathlib.Path) -> dict:
   del start
   fetched, blocked, written = [], [], []
   with checkpoint.Checkpoints(folder) as checkpoints:
+
+    def save(tree):
+      checkpoints.save(data_parallel.copy(tree))
+
     for _ in range(saves + 1):
       placed, _ = step(jax.block_until_ready(placed), row)
       jax.block_until_ready(placed)
-      blocked.append(seconds(lambda: checkpoints.save(data_parallel.copy(placed)))[0])  # noqa: B023
-      written.append(seconds(checkpoints.wait)[0])
+      blocked.append(seconds(save, placed))
+      written.append(seconds(checkpoints.wait))
       placed, _ = step(placed, row)
       jax.block_until_ready(placed)
-      fetched.append(seconds(lambda: data_parallel.fetch(placed))[0])  # noqa: B023
+      fetched.append(seconds(data_parallel.fetch, placed))
   return {
     "device": measure.device().device_kind,
     "gigabytes": size / 1e9,

@@ -467,7 +467,6 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
   dataset = _open_dataset(config, train=False)
   method = registry.create(config, len(vocabulary), AXIS)
   encoder = feature_training.encoder_of_run(method, parallel, dataset, vocabulary, workdir)
-  beside = []
   with CheckpointReader(workdir / "checkpoints") as checkpoints:
     # A training may write another one meanwhile.
     steps = processes.on_primary(
@@ -478,15 +477,16 @@ def evaluate_run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, 
         f"{workdir / 'checkpoints'}: holds no {which} checkpoint; the best is chosen among those "
         f"that were evaluated in training"
       )
-    # The other one, too, unless it is the same: neither should be reported alone. The one asked
-    # for comes last, its state is drawn.
-    for name in sorted(steps, key=lambda name: name == which):
-      step = steps[name]
-      if name == which or step not in (None, steps[which]):
-        variables = parallel.replicate(state.trained(method, workdir, step))
-        evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, step, name)
-        if name != which:
-          beside.append(evaluation.results)
+  # The other one, too, unless it is the same: neither should be reported alone. The one asked
+  # for comes last, its state is drawn.
+  beside = []
+  for name in sorted(steps, key=lambda name: name == which):
+    step = steps[name]
+    if name == which or step not in (None, steps[which]):
+      variables = parallel.replicate(state.trained(method, workdir, step))
+      evaluation = evaluate.evaluate(encoder, variables, dataset, vocabulary, step, name)
+      if name != which:
+        beside.append(evaluation.results)
   results = dataclasses.replace(
     evaluation.results,
     also=({"best", "last"} - {which}).pop() if steps["best"] == steps["last"] else None,

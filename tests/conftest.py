@@ -5,6 +5,7 @@ Both must be in the environment before JAX starts; xdist's workers inherit it.
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
 
@@ -65,6 +66,14 @@ def released_memory():
 
     jax.clear_caches()
     release.release_memory()
+
+
+@pytest.fixture
+def usual_handler():
+  """Of SIGINT, which a shell's jobs in the background ignore."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")

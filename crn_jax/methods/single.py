@@ -15,7 +15,7 @@ import ml_collections
 from crn_jax.errors import UserError
 from crn_jax.methods import losses
 from crn_jax.methods.base import Method, QueryVectors, TrainState, Variables
-from crn_jax.models.composition.base import Composition
+from crn_jax.models.composition.base import Composition, PairScoring
 from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.single import Single
 
@@ -149,8 +149,8 @@ class SingleBranch(Method):
   @property
   def scores_pairs(self) -> bool:
     """A network that was not trained to rank would rank at random."""
-    name = self.composition.ranking_loss
-    return bool(name) and self.config.loss[name] > 0
+    made = self.composition
+    return issubclass(made, PairScoring) and self.config.loss[made.ranking_loss] > 0
 
   def pair_query(self, variables, constants, references, tokens, mask):
     if references is None:

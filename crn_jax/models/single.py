@@ -48,15 +48,15 @@ class Single(nn.Module):
     return _at_least_float32(self.composition.compose(reference, words, mask, train=train))
 
   def from_vectors(self, vectors: jax.Array) -> Any:
-    """See `Composition.from_vectors`."""
+    """See `PairScoring.from_vectors`."""
     return self.composition.from_vectors(vectors)
 
   def pair_query(self, reference: Any, tokens: jax.Array, mask: jax.Array) -> Any:
-    """Of references and texts [batch, words]: see `Composition.pair_query`."""
+    """Of references and texts [batch, words]: see `PairScoring.pair_query`."""
     return self.composition.pair_query(reference, self.text(tokens, mask), mask)
 
   def pair_scores(self, query: Any, vectors: jax.Array) -> jax.Array:
-    """Of images by their retrieval vectors: see `Composition.pair_scores`."""
+    """Of images by their retrieval vectors: see `PairScoring.pair_scores`."""
     scores = self.composition.pair_scores(query, self.composition.from_vectors(vectors))
     return _at_least_float32(scores)
 

@@ -376,14 +376,6 @@ def test_an_error_in_the_thread_is_raised_once_and_leaves_no_thread(tmp_path, mo
   assert not [t for t in threading.enumerate() if t.name.startswith("checkpoint")]
 
 
-@pytest.fixture
-def usual_handler():
-  """Of SIGINT, which a shell's jobs in the background ignore."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("usual_handler")
 def test_ctrl_c_while_waiting_leaves_a_complete_checkpoint(tmp_path, monkeypatch):
   with held_up(monkeypatch) as (release, _), Checkpoints(tmp_path) as checkpoints:

@@ -14,14 +14,6 @@ def test_the_first_signal_is_noted(number):
     assert interruption.signal == number
 
 
-@pytest.fixture
-def usual_handler():
-  """Of SIGINT, which a shell's jobs in the background ignore."""
-  before = signal.signal(signal.SIGINT, signal.default_int_handler)
-  yield
-  signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("usual_handler")
 def test_the_second_signal_acts():
   with Interruption(), pytest.raises(KeyboardInterrupt):

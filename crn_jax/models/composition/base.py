@@ -27,8 +27,6 @@ class Composition(nn.Module, abc.ABC):
     backbones: names of the backbones that it works with; empty: all.
     pair_losses: names of the losses, fields of `loss`, of scores that `compose_against` gives.
     pair_modules: names of the modules that no other loss reaches.
-    ranking_loss: the one of `pair_losses` that trains `pair_scores`, without which images are not
-      ranked by them; "" for a composition that ranks by vectors alone and has none.
     uses_text: whether the text has a part in it.
   """
 
@@ -40,7 +38,6 @@ class Composition(nn.Module, abc.ABC):
   backbones: ClassVar[tuple[str, ...]] = ()
   pair_losses: ClassVar[tuple[str, ...]] = ()
   pair_modules: ClassVar[tuple[str, ...]] = ()
-  ranking_loss: ClassVar[str] = ""
   uses_text: ClassVar[bool] = True
 
   @abc.abstractmethod
@@ -94,14 +91,26 @@ class Composition(nn.Module, abc.ABC):
     del targets
     return self.compose(reference, words, mask, train=train), {}
 
+
+class PairScoring(Composition):
+  """A composition that ranks by more than a product of vectors, where a run is evaluated.
+
+  Attributes:
+    ranking_loss: the one of `pair_losses` that trains `pair_scores`; without it images are not
+      ranked by them.
+  """
+
+  ranking_loss: ClassVar[str]
+
+  @abc.abstractmethod
   def from_vectors(self, vectors: jax.Array) -> Any:
     """What `compose` needs of images, [n, ...], from their retrieval vectors.
 
     Args:
       vectors: [n, sum of d_k] float32: of all levels, of unit length.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def pair_query(self, reference: Any, words: jax.Array, mask: jax.Array) -> Any:
     """What `pair_scores` needs of queries, a tree of arrays [batch, ...].
 
@@ -109,8 +118,8 @@ class Composition(nn.Module, abc.ABC):
       reference: as from `image`, a row a query, or one row that is every query's.
       words, mask: as for `compose`.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def pair_scores(self, query: Any, images: Any) -> jax.Array:
     """What is added to the product of a query's and an image's retrieval vectors.
 
@@ -121,7 +130,6 @@ class Composition(nn.Module, abc.ABC):
     Returns:
       [queries, images], in the units of a product of vectors of unit length.
     """
-    raise NotImplementedError
 
 
 class ImageVector(nn.Module):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
-from crn_jax.models.composition.base import Composition
+from crn_jax.models.composition.base import PairScoring
 from crn_jax.models.layers import dropout
 
 # Of the spatial experts, (x, y) on a map of 7 x 7.
@@ -34,7 +34,7 @@ _DROPOUT = 0.2
 _PERTURBATION = 0.5  # gamma of eq. (17).
 
 
-class DCNet(Composition):
+class DCNet(PairScoring):
   """Experts, composition network and correction network."""
 
   normalised = False
