@@ -5,10 +5,12 @@ convolutions, absent from averages and from BatchNorm statistics.
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
@@ -60,9 +62,14 @@ class BatchNorm(nn.Module):
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
   def __call__(
-    self, x: jax.Array, mask: jax.Array | None, *, train: bool, update_stats: bool
+    self,
+    x: jax.Array,
+    mask: jax.Array | None,
+    *,
+    train: bool,
+    update_stats: bool,
+    others: Sequence[tuple["BatchNorm", int]] = (),
   ) -> jax.Array:
     """[batch, *positions, channels] -> the same shape.
 
@@ -71,22 +78,36 @@ class BatchNorm(nn.Module):
       mask: [batch, *positions] bool or None.
       train: whether to normalise by the batch rather than by the running statistics.
       update_stats: whether a training pass moves the running statistics (momentum 0.1).
+      others: norms that the last channels of x belong to, with the number of channels of each. As
+        channels do not mix, this is every norm by itself, in one operation.
     """
-    channels = x.shape[-1:]
-    scale = self.param("scale", nn.initializers.ones, channels)
-    bias = self.param("bias", nn.initializers.zeros, channels)
-    mean_ra = self.variable("batch_stats", "mean", jnp.zeros, channels)
-    var_ra = self.variable("batch_stats", "var", jnp.ones, channels)
+    widths = [width for _, width in others]
+    widths = [x.shape[-1] - sum(widths), *widths]
+    norms = [self, *(norm for norm, _ in others)]
+    arrays = [norm.arrays(width) for norm, width in zip(norms, widths, strict=True)]
+    scale, bias, mean_ra, var_ra = (jnp.concatenate(parts) for parts in zip(*arrays, strict=True))
     x = x.astype(jnp.promote_types(x.dtype, scale.dtype))
     if train:
       mean, var, n = self._batch_statistics(x, mask)
       if update_stats and not self.is_initializing():
-        mean_ra.value = 0.9 * mean_ra.value + 0.1 * mean
-        var_ra.value = 0.9 * var_ra.value + 0.1 * var * (n / jnp.maximum(n - 1.0, 1.0))
+        mean_ra = 0.9 * mean_ra + 0.1 * mean
+        var_ra = 0.9 * var_ra + 0.1 * var * (n / jnp.maximum(n - 1.0, 1.0))
+        for norm, *moved in zip(norms, split(mean_ra, widths), split(var_ra, widths), strict=True):
+          norm.put_variable("batch_stats", "mean", moved[0])
+          norm.put_variable("batch_stats", "var", moved[1])
     else:
-      mean, var = mean_ra.value, var_ra.value
+      mean, var = mean_ra, var_ra
     y = (x - mean) * (scale / jnp.sqrt(var + 1e-5)) + bias
     return y.astype(self.dtype)
+
+  @nn.compact
+  def arrays(self, channels: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Scale, bias, running mean and running variance, [channels] each."""
+    scale = self.param("scale", nn.initializers.ones, (channels,))
+    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+    var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+    return scale, bias, mean.value, var.value
 
   def _batch_statistics(self, x, mask):
     """Mean, biased variance (two passes, as PyTorch) and count over batch, positions, devices."""
@@ -138,21 +159,57 @@ class ConvUnit(nn.Module):
   axis_name: str | None = None
   dtype: jnp.dtype = jnp.float32
 
-  @nn.compact
+  def setup(self):
+    self.conv = _Kernel(self.dtype)
+    self.bn = BatchNorm(self.axis_name, self.dtype)
+
   def __call__(self, x, mask, *, train: bool, update_stats: bool):
     """[batch, *positions, channels] -> [batch, *positions, features]."""
-    if self.width == 1:
-      x = linear.torch_dense(x.shape[-1], self.features, self.dtype, use_bias=False, name="conv")(x)
-    else:
-      kernel = (self.width,) * (x.ndim - 2)
-      fan_in = x.shape[-1] * math.prod(kernel)
-      x = nn.Conv(
-        self.features, kernel, padding="SAME", use_bias=False, dtype=self.dtype, name="conv",
-        kernel_init=linear.torch_uniform(fan_in),
-      )(masked(x, mask))  # fmt: skip
-    bn = BatchNorm(self.axis_name, self.dtype, name="bn")
-    x = bn(x, mask, train=train, update_stats=update_stats)
-    return nn.relu(x)
+    x = pointwise([self], x) if self.width == 1 else convolve(self, masked(x, mask))
+    return normalised_relu([self], x, mask, train=train, update_stats=update_stats)
+
+  def kernel(self, x: jax.Array) -> jax.Array:
+    """For inputs like x: [*sides, channels, features], without sides if the width is 1."""
+    sides = () if self.width == 1 else (self.width,) * (x.ndim - 2)
+    return self.conv((*sides, x.shape[-1], self.features))
+
+
+class _Kernel(nn.Module):
+  """A convolution's kernel in the dtype of the computation."""
+
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, shape: tuple[int, ...]) -> jax.Array:
+    uniform = linear.torch_uniform(math.prod(shape[:-1]))
+    return self.param("kernel", uniform, shape).astype(self.dtype)
+
+
+def pointwise(units: Sequence[ConvUnit], x: jax.Array) -> jax.Array:
+  """1 x 1 convolutions of one input as one product: [batch, *positions, sum of their features]."""
+  kernel = jnp.concatenate([unit.kernel(x) for unit in units], axis=-1)
+  return linear.matmul(x.astype(kernel.dtype), kernel)
+
+
+def convolve(unit: ConvUnit, x: jax.Array) -> jax.Array:
+  """A wide unit's convolution alone: [batch, *positions, features]."""
+  kernel = unit.kernel(x)
+  positions = "HW"[: x.ndim - 2]
+  layouts = (f"N{positions}C", f"{positions}IO", f"N{positions}C")
+  return jax.lax.conv_general_dilated(
+    x.astype(kernel.dtype), kernel, (1,) * len(positions), "SAME", dimension_numbers=layouts
+  )
+
+
+def normalised_relu(units: Sequence[ConvUnit], x: jax.Array, mask, **mode) -> jax.Array:
+  """BatchNorm and ReLU of units whose channels follow each other in x."""
+  first, *others = units
+  return nn.relu(first.bn(x, mask, others=[(unit.bn, unit.features) for unit in others], **mode))
+
+
+def split(x: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
+  """Parts of the last axis, of the widths given."""
+  return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
 
 
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -186,7 +243,7 @@ class InceptionUnit(nn.Module):
   """Four parallel convolution branches, concatenated: 1 | 1-3 | 1-3-3 | average-1.
 
   One class serves maps (two position axes) and texts (one). Hidden widths are 1/4 and 7/64 of the
-  input width (512 and 224 of 2048).
+  input width (512 and 224 of 2048). It holds the convolutions; `inception` computes.
 
   Attributes:
     features: output channels, a multiple of 16; the input width must be a multiple of 64.
@@ -197,35 +254,74 @@ class InceptionUnit(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x, average, mask, *, train: bool, update_stats: bool):
-    """[batch, *positions, channels] -> [batch, *positions, features], not negative.
-
-    Args:
-      x: input.
-      average: `average_3(x, mask)`, which the units of one input share.
-      mask: [batch, *positions] bool or None.
-      train, update_stats: see `BatchNorm`.
-    """
-    channels = x.shape[-1]
+  def conv_units(self, channels: int, axes: int) -> dict[str, ConvUnit]:
+    """Convolutions by name, for inputs with so many channels and axes of positions."""
     if channels % 64 or self.features % 16:
       raise UserError(
         f"an Inception unit needs an input width that is a multiple of 64 and an output width that "
         f"is a multiple of 16, not {channels} and {self.features}: change model.feature_dim "
         f"(input: twice it) or model.map_dim"
       )
-    out = [self.features * share // 16 for share in BRANCH_WIDTHS[x.ndim - 2]]
+    out = [self.features * share // 16 for share in BRANCH_WIDTHS[axes]]
     hidden, narrow = channels // 4, channels * 7 // 64
+    sizes = {
+      "branch0": (out[0], 1),
+      "branch1_0": (hidden, 1),
+      "branch1_1": (out[1], 3),
+      "branch2_0": (hidden, 1),
+      "branch2_1": (narrow, 3),
+      "branch2_2": (out[2], 3),
+      "branch3": (out[3], 1),
+    }
+    return {
+      name: ConvUnit(*size, self.axis_name, self.dtype, name=name) for name, size in sizes.items()
+    }
 
-    def unit(name, features, width):
-      module = ConvUnit(features, width, self.axis_name, self.dtype, name=name)
-      return lambda value: module(value, mask, train=train, update_stats=update_stats)
 
-    return jnp.concatenate(
-      [
-        unit("branch0", out[0], 1)(x),
-        unit("branch1_1", out[1], 3)(unit("branch1_0", hidden, 1)(x)),
-        unit("branch2_2", out[2], 3)(unit("branch2_1", narrow, 3)(unit("branch2_0", hidden, 1)(x))),
-        unit("branch3", out[3], 1)(average),
-      ],
-      axis=-1,
-    )
+def inception(
+  modules: Sequence[InceptionUnit], x: jax.Array, mask: jax.Array | None, **mode
+) -> list[jax.Array]:
+  """What Inception units of one size make of one input, all of them together.
+
+  Their 1 x 1 convolutions are one product, those of the averages too: the average of a product is
+  the product of the average, and has fewer channels. Three norms do the work of all, one at each
+  distance from the input and one at the end.
+
+  Args:
+    modules: the units.
+    x: [batch, *positions, channels].
+    mask: [batch, *positions] bool or None.
+    mode: `train` and `update_stats`, see `BatchNorm`.
+
+  Returns:
+    A unit's [batch, *positions, features], not negative.
+  """
+  units = [module.conv_units(x.shape[-1], x.ndim - 2) for module in modules]
+
+  def of(*names):
+    return [unit[name] for name in names for unit in units]
+
+  def each(x):
+    return jnp.split(x, len(modules), axis=-1)
+
+  def wide(name, x):
+    return [convolve(unit, part) for unit, part in zip(of(name), each(x), strict=True)]
+
+  def activated(units, *parts):
+    return normalised_relu(units, jnp.concatenate(parts, axis=-1), mask, **mode)
+
+  hidden, direct, averaged = of("branch1_0", "branch2_0"), of("branch0"), of("branch3")
+  products = pointwise([*hidden, *direct, *averaged], x)
+  widths = [sum(unit.features for unit in group) for group in (hidden, direct, averaged)]
+  x, branch_0, branch_3 = split(products, widths)
+  x_1, x_2 = jnp.split(masked(activated(hidden, x), mask), 2, axis=-1)
+  x_2 = masked(activated(of("branch2_1"), *wide("branch2_1", x_2)), mask)
+  branches = {
+    "branch0": each(branch_0),
+    "branch1_1": wide("branch1_1", x_1),
+    "branch2_2": wide("branch2_2", x_2),
+    "branch3": each(average_3(branch_3, mask)),
+  }
+  last = [unit[name] for unit in units for name in branches]
+  parts = [branch[i] for i in range(len(modules)) for branch in branches.values()]
+  return each(activated(last, *parts))

@@ -36,6 +36,11 @@ def dense(features: int, kernel_init, bias_init, dtype, use_bias: bool = True, n
   )
 
 
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """[..., k] and [k, n] -> [..., n], as `dense` computes it."""
+  return _flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+
+
 def _flat_dot_general(lhs, rhs, dimension_numbers, **kwargs):
   """`lax.dot_general` of [..., k] and [k, n] on the flattened [rows, k].
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models import linear
-from crn_jax.models.layers import InceptionUnit, average_3
+from crn_jax.models.layers import InceptionUnit, inception
 
 
 class _Composition(nn.Module):
@@ -40,11 +40,12 @@ class _Composition(nn.Module):
   def _modulate(self, base, context, mask, **mode):
     """gamma(context) * base + beta(context)."""
 
-    def unit(name):
-      return InceptionUnit(base.shape[-1], self.axis_name, self.dtype, name=name)
-
-    inputs = context, average_3(context, mask), mask
-    return unit("gamma")(*inputs, **mode) * base + unit("beta")(*inputs, **mode)
+    units = [
+      InceptionUnit(base.shape[-1], self.axis_name, self.dtype, name=name)
+      for name in ("gamma", "beta")
+    ]
+    gamma, beta = inception(units, context, mask, **mode)
+    return gamma * base + beta
 
 
 class LocalComposition(_Composition):
