@@ -54,6 +54,9 @@ _PROCESSES = flags.DEFINE_integer(
   "processes", None, "Number of processes on all machines; 1 is alone, also on a cluster."
 )
 _PROCESS = flags.DEFINE_integer("process", None, "Number of this process, from 0.")
+_CARD = flags.DEFINE_string(
+  "card", None, "GPU that --mode=plan compiles for without one, e.g. h100; see docs/runs.md."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print what --mode=plan, index or search finds as JSON.")
 
 _TOGETHER = ("train", "eval", "submit")  # Modes in which several processes take part.
@@ -66,6 +69,7 @@ _ONLY_WITH = {
   "checkpoint": ("eval", "submit"),
   "overwrite": ("train",),
   **dict.fromkeys(("coordinator", "processes", "process"), _TOGETHER),
+  "card": ("plan",),
   "json": ("plan", "index", "search"),
   **catalogue.ONLY_WITH,
 }
@@ -129,7 +133,7 @@ def _run(mode: str) -> str:
     from crn_jax import plan
 
     configuration.check(config)
-    return plan.plan(config, as_json=_JSON.value)
+    return plan.plan(config, card=_CARD.value, as_json=_JSON.value)
   from crn_jax import train
 
   workdir = _workdir(config.name)

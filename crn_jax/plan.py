@@ -12,7 +12,7 @@ import jax
 import ml_collections
 from jax.extend import core
 
-from crn_jax import stages, state, training_step
+from crn_jax import cards, stages, state, training_step
 from crn_jax.methods import registry
 from crn_jax.parallel import AXIS, DataParallel
 
@@ -99,29 +99,39 @@ class Needs:
     return "\n".join(lines)
 
 
-def plan(config: ml_collections.ConfigDict, *, as_json: bool = False) -> str:
+def plan(
+  config: ml_collections.ConfigDict, *, card: str | None = None, as_json: bool = False
+) -> str:
   """Compiles a step for one device and describes it, as a table or as JSON.
 
+  Args:
+    config: the configuration.
+    card: a GPU of `cards.NAMES` that need not be there; None: the device at hand.
+    as_json: what it says.
+
   Raises:
-    UserError: on a bad configuration.
+    UserError: on a bad configuration or card.
   """
-  found = create(config)
+  found = create(config, card)
   return json.dumps(found.to_json(), indent=2) if as_json else found.to_text()
 
 
-def create(config: ml_collections.ConfigDict) -> Needs:
+def create(config: ml_collections.ConfigDict, card: str | None = None) -> Needs:
   """See `plan`. Of a training with another one before it, the one before: it needs more."""
   config = stages.fine_tuning(config) or config
+  device = cards.device(card) if card else jax.devices()[0]
   # Both modes compute the same; only this one can be compiled for shapes.
-  parallel = DataParallel.create("shard_map", jax.devices()[:1])
+  parallel = DataParallel.create("shard_map", [device])
   method = registry.create(config, VOCABULARY, AXIS)
   like = state.abstract(method)
   tx = method.optimizer(steps_per_epoch=1, total_steps=1)
   batch = training_step.abstract_batch(method)
-  traced = training_step.compiled(method, tx, parallel).trace(like, batch)
-  device = parallel.devices[0]
+  with cards.compiling_for(device):
+    traced = training_step.compiled(method, tx, parallel).trace(like, batch)
+    lowered = traced.lower()
   print(f"compiling the step for {device.device_kind} ...", file=sys.stderr, flush=True)
-  analysis = traced.lower().compile().memory_analysis()
+  compiled = lowered.compile(cards.COMPILER_OPTIONS if card else None)
+  analysis = compiled.memory_analysis()
   return Needs(
     name=config.name,
     platform=device.platform,

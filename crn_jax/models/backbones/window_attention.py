@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from crn_jax import cards
+
 try:
   from jax.experimental.pallas import triton
 except ImportError:  # JAX 0.11 announces its end: then attention is computed plainly.
@@ -94,7 +96,7 @@ def chosen(dtype, head_dim: int, grid: tuple[int, int], windows: Windows) -> boo
   return (
     triton is not None
     and dtype == jnp.bfloat16
-    and jax.default_backend() == "gpu"
+    and cards.platform() == "gpu"
     and head_dim >= 16
     and head_dim & (head_dim - 1) == 0
     and windows.positions <= 64

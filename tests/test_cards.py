@@ -1,0 +1,77 @@
+"""Compiling for a GPU that is not there, as far as that goes without JAX's CUDA plugin."""
+
+import types
+
+import jax
+import pytest
+from jax.experimental import topologies
+
+from crn_jax import cards, plan
+from crn_jax.errors import UserError
+from crn_jax.models.backbones import window_attention
+from tests import tiny_model
+
+
+def test_an_unknown_card_is_answered_with_those_there_are():
+  with pytest.raises(UserError, match="--card=h99: there are h100, a100, rtx4090"):
+    cards.device("h99")
+
+
+def test_without_the_plugin_it_is_said_how_to_get_it(monkeypatch):
+  def missing(**_):
+    raise NotImplementedError("topology not implemented for cuda")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", missing)
+  with pytest.raises(UserError, match=r"--card=a100 needs .* pip install -e '.\[cuda\]'"):
+    cards.device("a100")
+
+
+@pytest.mark.parametrize("name", cards.NAMES)
+def test_a_card_is_described_as_xla_reads_it(name, monkeypatch):
+  seen = []
+
+  def recorded(**asked):
+    seen.append(asked)
+    return types.SimpleNamespace(devices=jax.devices())
+
+  monkeypatch.setattr(topologies, "get_topology_desc", recorded)
+  assert cards.device(name) == jax.devices()[0]
+  (asked,) = seen
+  description = asked.pop("target_config")
+  assert asked == {"platform": "cuda", "topology": "1x1x1"}
+  assert description.count("{") == description.count("}")
+  assert "%s" not in description
+  for field in ("registers_per_core_limit", "runtime_version", "device_description_str"):
+    assert description.count(field) == 1
+
+
+def test_what_is_traced_for_a_card_takes_its_kernels():
+  gpu = types.SimpleNamespace(platform="gpu")
+  windows = window_attention.Windows.of_grid((14, 14), 7, True)
+
+  def chosen():
+    return window_attention.chosen(jax.numpy.bfloat16, 32, (14, 14), windows)
+
+  assert not chosen()
+  with cards.compiling_for(gpu):
+    assert cards.platform() == "gpu"
+    assert chosen()
+  with pytest.raises(KeyError), cards.compiling_for(gpu):
+    raise KeyError
+  assert cards.platform() == "cpu"
+  assert not chosen()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_a_step_is_planned_for_a_card(monkeypatch):
+  """With a device that is there in the place of the card's: of the rest nothing is different."""
+  asked, compiled, used = [], jax.stages.Lowered.compile, []
+  monkeypatch.setattr(cards, "device", lambda name: asked.append(name) or jax.devices()[1])
+  monkeypatch.setattr(
+    jax.stages.Lowered, "compile", lambda self, o=None: used.append(o) or compiled(self, o)
+  )
+  found = plan.create(tiny_model.config(), "rtx4090")
+  assert asked == ["rtx4090"]
+  assert used == [cards.COMPILER_OPTIONS]
+  assert found.memory["temporaries"] > found.memory["batch"]
