@@ -209,7 +209,9 @@ def normalised_relu(units: Sequence[ConvUnit], x: jax.Array, mask, **mode) -> ja
 
 def split(x: jax.Array, widths: Sequence[int]) -> list[jax.Array]:
   """Parts of the last axis, of the widths given."""
-  return jnp.split(x, np.cumsum(widths)[:-1], axis=-1)
+  if len(widths) == 1:  # An operation less, for all norms of a ResNet.
+    return [x]
+  return jnp.split(x, np.cumsum(widths)[:-1].tolist(), axis=-1)
 
 
 def masked(x: jax.Array, mask: jax.Array | None) -> jax.Array:
