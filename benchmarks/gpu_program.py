@@ -3,9 +3,9 @@
 PYTHONPATH=. python benchmarks/gpu_program.py --card=h100 --config=configs/fashioniq_dress.py
     --config.model.dtype=bfloat16
 
-Needs JAX's CUDA plugin (pip install -e '.[cuda]'). Prints, by kind, the kernels of a step and the
-bytes that they read and write, and a line of JSON. No time is measured but that of compilation,
-which is without XLA's trying out of kernels. --hlo=FILE keeps the compiled program.
+Needs JAX's CUDA plugin (pip install -e '.[cuda]'). Prints, by kind, the kernels of a step, the bytes
+that they read and write and a rough time, and a line of JSON. No time is measured but that of
+compilation, which is without XLA's trying out of kernels. --hlo=FILE keeps the compiled program.
 """
 
 import collections
@@ -32,6 +32,10 @@ _LAUNCHED = ("fusion", "custom-call", "copy", "sort", "scatter")
 # Not s8: so cuBLAS takes its workspace.
 _SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z\-]+)\((.*)")
+# A rough idea of a large card: bytes and floating point operations a second that kernels reach, and
+# seconds before one does anything.
+_BANDWIDTH, _PRODUCTS, _START = 3e12, 6e14, 2e-6
+
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 
 
@@ -46,13 +50,15 @@ class Instruction:
   attributes: str
 
   @property
+  def arrays(self) -> list[tuple[str, list[int]]]:
+    """Dtype and sides of the result, or of its parts."""
+    found = re.findall(r"(\w+)\[([\d,]*)\]", self.shape)
+    return [(dtype, [int(n) for n in sides.split(",") if n]) for dtype, sides in found]
+
+  @property
   def size(self) -> int:
     """Bytes of the result."""
-    arrays = re.findall(r"(\w+)\[([\d,]*)\]", self.shape)
-    return sum(
-      _SIZES.get(dtype, 0) * math.prod(int(n) for n in dims.split(",") if n)
-      for dtype, dims in arrays
-    )
+    return sum(_SIZES.get(dtype, 0) * math.prod(sides) for dtype, sides in self.arrays)
 
   @property
   def kind(self) -> str:
@@ -64,11 +70,17 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-  """Equal launches: how many a step, and the bytes that each reads and writes."""
+  """Equal launches: how many a step, the bytes that each reads and writes, products' arithmetic."""
 
   kind: str
   launches: int
   size: int
+  flops: int
+
+  @property
+  def seconds(self) -> float:
+    """A rough time of all launches."""
+    return self.launches * (_START + max(self.size / _BANDWIDTH, self.flops / _PRODUCTS))
 
 
 def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
@@ -100,8 +112,19 @@ def kernels(text: str) -> list[Kernels]:
         trips = re.search(r'known_trip_count":\{"n":"(\d+)"', instruction.attributes)
         waiting.append((body, times * (int(trips[1]) if trips else 1)))
       elif instruction.operation in _LAUNCHED:
-        out.append(Kernels(instruction.kind, times, _moved(instruction, found, name)))
+        size, flops = _moved(instruction, found, name), _flops(instruction, found[name])
+        out.append(Kernels(instruction.kind, times, size, flops))
   return out
+
+
+def _flops(instruction: Instruction, around: dict[str, Instruction]) -> int:
+  """Of a call of cuBLAS; else 0."""
+  contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', instruction.attributes)
+  if instruction.operation != "custom-call" or not contracted:
+    return 0
+  (_, sides), (_, out) = around[instruction.operands[0]].arrays[0], instruction.arrays[0]
+  axes = [int(axis) for axis in re.findall(r"\d+", contracted[1])]
+  return 2 * math.prod(out) * math.prod(sides[axis] for axis in axes)
 
 
 def _moved(instruction: Instruction, found: dict, computation: str) -> int:
@@ -170,16 +193,26 @@ def compiled(config, card: str) -> tuple[dict, str]:
 
 
 def table(launched: list[Kernels]) -> str:
-  """Kernels by kind, those that move most first."""
-  by_kind = collections.defaultdict(lambda: [0, 0, 0])
+  """Kernels by kind, those that take longest first."""
+  by_kind = collections.defaultdict(list)
   for x in launched:
-    for i, value in enumerate((1, x.launches, x.launches * x.size)):
-      by_kind[x.kind][i] += value
-  rows = sorted(by_kind.items(), key=lambda row: -row[1][2])
+    by_kind[x.kind].append(x)
+  rows = [
+    (kind, len(xs), *(sum(values) for values in zip(*map(_totals, xs), strict=True)))
+    for kind, xs in by_kind.items()
+  ]
   return "\n".join(
-    ["  in program  launches        GB  kind"]
-    + [f"{n:>12}{launches:>10}{size / 1e9:>10.2f}  {kind}" for kind, (n, launches, size) in rows]
+    ["  in program  launches        GB        ms  kind"]
+    + [
+      f"{n:>12}{launches:>10}{gb:>10.2f}{ms:>10.2f}  {kind}"
+      for kind, n, launches, gb, ms in sorted(rows, key=lambda row: -row[-1])
+    ]
   )
+
+
+def _totals(x: Kernels) -> tuple[int, float, float]:
+  """Launches, GB, milliseconds."""
+  return x.launches, x.launches * x.size / 1e9, 1e3 * x.seconds
 
 
 def main(_):
@@ -193,9 +226,8 @@ def main(_):
       file.write(text)
   launched = kernels(text)
   print(table(launched))
-  launches = sum(x.launches for x in launched)
-  gb = sum(x.launches * x.size for x in launched) / 1e9
-  print(json.dumps(found | {"launches": launches, "gb_moved": gb}))
+  launches, gb, ms = (sum(values) for values in zip(*map(_totals, launched), strict=True))
+  print(json.dumps(found | {"launches": launches, "gb_moved": gb, "rough_milliseconds": ms}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+
 from benchmarks import gpu_program
 
 TEXT = pathlib.Path(__file__).with_name("goldens").joinpath("scan_for_a_gpu.hlo").read_text()
@@ -10,7 +12,8 @@ TEXT = pathlib.Path(__file__).with_name("goldens").joinpath("scan_for_a_gpu.hlo"
 def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_what_it_takes():
   """x [64, 256] in bfloat16, five times tanh(x @ w[i]), every result kept in float32."""
   x, w, number = 64 * 256 * 2, 256 * 256 * 2, 4
-  found = {(k.kind, k.launches, k.size) for k in gpu_program.kernels(TEXT)}
+  launched = gpu_program.kernels(TEXT)
+  found = {(k.kind, k.launches, k.size) for k in launched}
   assert found == {
     ("copy", 1, 2 * x),
     ("copy", 1, 2 * number),  # Of a constant.
@@ -21,10 +24,14 @@ def test_a_loop_counts_as_often_as_it_runs_and_a_slice_as_what_it_takes():
     ("loop_dynamic_update_slice_fusion", 5, x + 2 * x + number),
     ("loop_add_fusion", 5, 2 * number),
   }
+  flops = {k.kind: k.flops for k in launched if k.flops}
+  assert flops == {"__cublas$lt$matmul": 2 * 64 * 256 * 256}
+  seconds = {k.kind: k.seconds for k in launched}
+  assert seconds["loop_convert_fusion"] == pytest.approx(5 * (2e-6 + 2 * x / 3e12))
 
 
-def test_a_table_begins_with_what_moves_most():
+def test_a_table_begins_with_what_takes_longest():
   head, first, *rest = gpu_program.table(gpu_program.kernels(TEXT)).splitlines()
-  assert head.split() == ["in", "program", "launches", "GB", "kind"]
-  assert first.split() == ["1", "5", "0.00", "loop_dynamic_slice_fusion"]
+  assert head.split() == ["in", "program", "launches", "GB", "ms", "kind"]
+  assert first.split() == ["1", "5", "0.00", "0.01", "loop_dynamic_slice_fusion"]
   assert len(rest) == 6
