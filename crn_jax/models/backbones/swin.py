@@ -21,6 +21,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.backbones.window_attention import Windows
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -302,7 +303,8 @@ class SwinTransformer(nn.Module):
       own = slice(first, first + depth)
       x = self._stage(i, blocks[own], x, None if factors is None else factors[own])
       first += depth
-    return FeatureMaps(LayerNorm(dtype=self.dtype, name="norm")(x), (*stages, x))
+    last = LayerNorm(dtype=at_least_float32(self.dtype), name="norm")(x)
+    return FeatureMaps(last, (*stages, x))
 
   def _stage(
     self, i: int, blocks: Sequence[SwinBlock], x: jax.Array, factors: jax.Array | None

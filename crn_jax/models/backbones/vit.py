@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.errors import UserError
+from crn_jax.models import linear
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32
 from crn_jax.models.transformer import MLP, Blocks, Sizes, dense
 
 POOLINGS = ("class_token", "attention")
@@ -96,19 +98,21 @@ class ImageTower(nn.Module):
       )
     x = self._embed_patches(images.astype(self.dtype))
     if c.class_tokens:
-      token = self.param("class_embedding", _normal, (c.width,)).astype(self.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, c.width)), x], axis=1)
+      token = self.param("class_embedding", _normal, (c.width,))
+      token = jnp.broadcast_to(token, (batch, 1, c.width)).astype(self.dtype)
+      x = jnp.concatenate([token, x], axis=1)
     positions = self.param(POSITIONS, _normal, (x.shape[1], c.width))
-    x = x + positions.astype(self.dtype)
+    x = linear.add_parameter(x, positions)
     if c.class_tokens:
       x = LayerNorm(c.epsilon, self.dtype, name="pre_norm")(x)
     x, layers = Blocks(c, False, self.remat, self.dtype, name="encoder")(x, each=each)
-    close = LayerNorm(c.epsilon, self.dtype, name="post_norm")
+    behind = at_least_float32(self.dtype)
+    close = LayerNorm(c.epsilon, behind, name="post_norm")
     if c.pooling == "class_token":
       pooled, x = close(x[:, 0]), x[:, 1:]
     else:
       x = close(x)
-      pooled = AttentionPool(c, self.dtype, name="pool")(x)
+      pooled = AttentionPool(c, behind, name="pool")(x)
     return ImageTokens(pooled, x.reshape(batch, c.grid, c.grid, c.width), layers)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:

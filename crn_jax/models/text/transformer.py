@@ -11,7 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from crn_jax.models import linear
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32
 from crn_jax.models.transformer import Blocks, Sizes
 
 # 'end': at the first end-of-text id. 'largest_id': where the id is largest, as CLIP's first
@@ -87,12 +89,12 @@ class TextTower(nn.Module):
     c = self.config
     if ids.shape[1] > c.length or (not c.causal and ids.shape[1] != c.length):
       raise ValueError(f"expected rows of {c.length} ids, got {ids.shape[1]}")
-    embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, dtype=self.dtype,
-                     name="embedding")  # fmt: skip
-    positions = self.param("position_embedding", _normal, (c.length, c.width)).astype(self.dtype)
-    x = embed(ids) + positions[: ids.shape[1]]
+    embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, name="embedding")
+    positions = self.param("position_embedding", _normal, (c.length, c.width))
+    # The sum over words, and over texts, of their gradients is float32 at least.
+    x = linear.add_parameter(embed(ids).astype(self.dtype), positions[: ids.shape[1]])
     x, layers = Blocks(c, c.causal, self.remat, self.dtype, name="encoder")(x, each=each)
-    x = LayerNorm(c.epsilon, self.dtype, name="final_norm")(x)
+    x = LayerNorm(c.epsilon, at_least_float32(self.dtype), name="final_norm")(x)
     return TextTokens(x[jnp.arange(len(ids)), self._pooled_position(ids)], x, layers)
 
   def _pooled_position(self, ids: jax.Array) -> jax.Array:
