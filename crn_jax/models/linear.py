@@ -56,16 +56,7 @@ class Dense(nn.Module):
     flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
     out = flat @ kernel.astype(self.dtype)
     if self.use_bias:
-      out = add_parameter(out, self.param("bias", self.bias_init, (self.features,)))
+      bias = self.param("bias", self.bias_init, (self.features,))
+      # Broadcast first: the gradient of a broadcast is a sum, that of a conversion converts back.
+      out = out + jnp.broadcast_to(bias, out.shape).astype(out.dtype)
     return out.reshape(*x.shape[:-1], self.features)
-
-
-def add_parameter(x: jax.Array, parameter: jax.Array) -> jax.Array:
-  """x + parameter in x's dtype; the sum in the parameter's gradient is taken in its own.
-
-  Args:
-    x: [..., *shape].
-    parameter: of a shape that broadcasts to x's.
-  """
-  # Broadcast first: the gradient of a broadcast is a sum, that of a conversion converts back.
-  return x + jnp.broadcast_to(parameter, x.shape).astype(x.dtype)

@@ -1,8 +1,9 @@
 """What a model of `model.dtype` = bfloat16 keeps in float32.
 
-Backbones and towers compute in `model.dtype`, up to their last block; everything else is float32.
-Images that are nearly alike differ by less than bfloat16's 8 bits resolve, and all but the blocks
-is a few per cent of the work.
+Backbones and towers compute in `model.dtype`, up to their last block; everything else is float32,
+and so is what transformer blocks add to. Images that are nearly alike differ by less than
+bfloat16's 8 bits resolve: there differences would be rounded away, while within a block LayerNorm
+makes them larger. ResNets have a BatchNorm for it behind every convolution.
 """
 
 from typing import Any

@@ -15,6 +15,7 @@ import pytest
 
 from configs import presets
 from crn_jax.models import crn
+from crn_jax.models.backbones import registry
 from tests import tiny_model as tiny
 from tests import tiny_towers
 
@@ -128,6 +129,25 @@ def test_no_update_sums_in_bfloat16(preset):
 def test_no_gradient_of_towers_sums_in_bfloat16(pooling):
   """Of biases, position tables, class token and word table."""
   assert not [found for found in in_bfloat16(gradient_of_towers(pooling)) if found[0] in SUMS]
+
+
+def test_what_transformer_blocks_add_to_is_float32():
+  """A difference between images is a small part of it; bfloat16 keeps 8 bits of the whole."""
+  config = tiny.config()
+  swin = registry.create(config.model.backbone, jnp.bfloat16)
+  pictures = jnp.zeros((2, 32, 32, 3))
+  (maps, _) = jax.eval_shape(
+    lambda: swin.init_with_output(jax.random.key(0), pictures, train=False)
+  )
+  assert {x.dtype for x in jax.tree.leaves(maps)} == {jnp.dtype("float32")}
+  towers = tiny_towers.method("clip4cir").encoder.clone(dtype=jnp.bfloat16)
+
+  def layers(towers):
+    images = towers.image(pictures, each=True)
+    return images.layers, images.map, towers.text(jnp.ones((2, 20), jnp.int32), each=True).layers
+
+  (found, _) = jax.eval_shape(lambda: towers.init_with_output(jax.random.key(0), method=layers))
+  assert {x.dtype for x in found} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize("kind", crn.BRANCHES)

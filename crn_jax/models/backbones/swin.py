@@ -21,7 +21,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.backbones.window_attention import Windows
 from crn_jax.models.layer_norm import LayerNorm
-from crn_jax.models.precision import at_least_float32
+from crn_jax.models.precision import at_least_float32, widened
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -233,7 +233,7 @@ class PatchMerging(nn.Module):
       [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], axis=-1
     )
     x = LayerNorm(dtype=self.dtype, name="norm")(x)
-    return dense(2 * dim, self.dtype, "reduction", use_bias=False)(x)
+    return widened(dense(2 * dim, self.dtype, "reduction", use_bias=False)(x))
 
 
 class SwinTransformer(nn.Module):
@@ -360,4 +360,4 @@ class SwinTransformer(nn.Module):
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
     # Random biases, unlike timm's other layers: they also keep LayerNorm finite on a zero image.
     x = linear.torch_dense(x.shape[-1], self.embed_dim, self.dtype, name="patch_embed")(x)
-    return LayerNorm(dtype=self.dtype, name="patch_norm")(x)
+    return LayerNorm(dtype=at_least_float32(self.dtype), name="patch_norm")(x)

@@ -11,7 +11,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from crn_jax.models import linear
 from crn_jax.models.layer_norm import LayerNorm
 from crn_jax.models.precision import at_least_float32
 from crn_jax.models.transformer import Blocks, Sizes
@@ -91,8 +90,7 @@ class TextTower(nn.Module):
       raise ValueError(f"expected rows of {c.length} ids, got {ids.shape[1]}")
     embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, name="embedding")
     positions = self.param("position_embedding", _normal, (c.length, c.width))
-    # The sum over words, and over texts, of their gradients is float32 at least.
-    x = linear.add_parameter(embed(ids).astype(self.dtype), positions[: ids.shape[1]])
+    x = embed(ids) + positions[: ids.shape[1]]  # float32 at least: what the blocks add to.
     x, layers = Blocks(c, c.causal, self.remat, self.dtype, name="encoder")(x, each=each)
     x = LayerNorm(c.epsilon, at_least_float32(self.dtype), name="final_norm")(x)
     return TextTokens(x[jnp.arange(len(ids)), self._pooled_position(ids)], x, layers)
