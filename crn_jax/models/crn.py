@@ -103,8 +103,7 @@ class Branch(nn.Module):
     # Rematerialised blocks would hide from `initial_values` how each parameter is drawn.
     remat = "none" if self.is_initializing() else c.remat
     self.backbone = registry.create(c.backbone, dtype, self.axis_name, remat)
-    text_sizes = self.vocab_size, c.word_dim, c.feature_dim
-    self.text = TextEncoder(*text_sizes, at_least_float32(dtype))
+    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, at_least_float32(dtype))
     return self.backbone.map_dim
 
   @property

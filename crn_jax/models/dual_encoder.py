@@ -135,7 +135,7 @@ class DualEncoder(nn.Module):
   Attributes:
     config: description, as from the folder of weights.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the towers' blocks; all else is float32 (`precision`).
   """
 
   config: DualEncoderConfig

@@ -41,10 +41,8 @@ class Single(nn.Module):
 
   def encode_images(self, images: jax.Array, *, train: bool) -> tuple[Any, Vectors]:
     """Of normalised images [batch, height, width, 3]: see `Composition.image`."""
-    reference, vectors = self.composition.image(
-      widened(self.backbone(images, train=train)), train=train
-    )
-    return reference, vectors
+    features = widened(self.backbone(images, train=train))
+    return self.composition.image(features, train=train)
 
   def compose(self, reference: Any, tokens: jax.Array, mask: jax.Array, *, train: bool) -> Vectors:
     """Of references and texts [batch, words]: see `Composition.compose`."""

@@ -249,7 +249,7 @@ class SwinTransformer(nn.Module):
     window_size: side of an attention window in tokens.
     drop_path_rate: stochastic depth of the last block, rising linearly from 0.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
     axis_name: mapped axis over which the batch is split, if any.
     uses_batch_statistics: see `registry`.
   """

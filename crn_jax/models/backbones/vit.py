@@ -70,7 +70,7 @@ class ImageTower(nn.Module):
   Attributes:
     config: its sizes.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
   """
 
   config: ImageTowerConfig

@@ -66,7 +66,7 @@ class TextTower(nn.Module):
   Attributes:
     config: its sizes.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
   """
 
   config: TextTowerConfig
