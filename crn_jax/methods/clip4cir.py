@@ -18,6 +18,7 @@ from crn_jax.methods.encoder import EncoderMethod
 from crn_jax.methods.features import FeatureMethod, rows_of
 from crn_jax.models.composition.combiner import Combiner
 from crn_jax.models.dual_encoder import DualEncoder
+from crn_jax.models.precision import at_least_float32
 
 # Inverse temperature of the cosines, a constant.
 LOGIT_SCALE = 100.0
@@ -75,7 +76,7 @@ class Clip4Cir(FeatureMethod):
   def combiner(self) -> Combiner:
     """The module."""
     config = self.config
-    return Combiner(config.clip4cir.dropout, self.axis_name, jnp.dtype(config.model.dtype))
+    return Combiner(config.clip4cir.dropout, self.axis_name, at_least_float32(config.model.dtype))
 
   def init(self, key: jax.Array) -> Variables:
     features = jnp.zeros((1, self.vector_dim))

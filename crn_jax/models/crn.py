@@ -17,6 +17,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.composition.crn import GlobalComposition, LocalComposition
 from crn_jax.models.layers import GeM
 from crn_jax.models.linear import torch_dense
+from crn_jax.models.precision import at_least_float32, widened
 from crn_jax.models.relation import Relation
 from crn_jax.models.text.lstm import TextEncoder, max_over_words
 
@@ -79,7 +80,7 @@ class Branch(nn.Module):
   axis_name: str | None = None
 
   def setup(self):
-    c, dtype = self.config, jnp.dtype(self.config.dtype)
+    c, dtype = self.config, at_least_float32(self.config.dtype)
     image_dim = self.set_encoders()
     self.head = ImageHead(c.map_dim, c.feature_dim, c.keep_map, c.aggregation, dtype)
     composition = {"local": LocalComposition, "global": GlobalComposition}[self.kind]
@@ -102,7 +103,7 @@ class Branch(nn.Module):
     # Rematerialised blocks would hide from `initial_values` how each parameter is drawn.
     remat = "none" if self.is_initializing() else c.remat
     self.backbone = registry.create(c.backbone, dtype, self.axis_name, remat)
-    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, dtype)
+    self.text = TextEncoder(self.vocab_size, c.word_dim, c.feature_dim, at_least_float32(dtype))
     return self.backbone.map_dim
 
   @property
@@ -112,7 +113,7 @@ class Branch(nn.Module):
 
   def image_maps(self, images: jax.Array, *, train: bool, **options) -> FeatureMaps:
     """Feature maps of normalised images [batch, height, width, 3]; see `backbones.registry`."""
-    return self.backbone(images, train=train, **options)
+    return widened(self.backbone(images, train=train, **options))
 
   def word_features(self, tokens: jax.Array) -> jax.Array:
     """[batch, words] int32 -> [batch, words, feature_dim]."""
@@ -123,7 +124,7 @@ class Branch(nn.Module):
 
     Training moves the running statistics of a backbone that has some.
     """
-    return self._head(self.image_maps(images, train=train))
+    return self.head(self.image_maps(images, train=train))
 
   def encode_zero_image(self, height: int, width: int) -> ImageOutput:
     """The image that says nothing: zero after normalisation, i.e. the mean colour. Batch of 1.
@@ -144,12 +145,8 @@ class Branch(nn.Module):
     # Twice: of an odd number of images XLA for GPUs copies what goes into every bfloat16 product, to
     # fill its rows up to a multiple of 8.
     images = jnp.concatenate([images, jnp.zeros_like(images[:2])])
-    out = self._head(self.image_maps(images, train=train, undropped=2))
+    out = self.head(self.image_maps(images, train=train, undropped=2))
     return jax.tree.map(lambda x: x[:-2], out), out.map[-1:]
-
-  def _head(self, features: FeatureMaps) -> ImageOutput:
-    out = self.head(features)
-    return out.replace(vector=_at_least_float32(out.vector))
 
   def encode_text(self, tokens: jax.Array, token_mask: jax.Array):
     """Word features [batch, words, feature_dim] and the mask of the words that take part."""
@@ -170,7 +167,7 @@ class Branch(nn.Module):
       image_map, words, word_mask, train=train, update_stats=update_stats
     )
     vector = self.query_fc(self.query_pool(composed, mask))
-    return QueryOutput(_at_least_float32(vector), composed, attention)
+    return QueryOutput(vector, composed, attention)
 
   def compose_zero_image(self, zero_map, words, word_mask, *, train: bool) -> jax.Array:
     """Text-only query vector [batch, feature_dim]: the zero image's map [1, ...] with each text."""
@@ -213,15 +210,11 @@ class Branch(nn.Module):
     if modification:
       difference = self.relation(out.query_vector, out.target_vector)
       out = out.replace(
-        difference=_at_least_float32(difference),
-        text_vector=_at_least_float32(max_over_words(words, mask)),
+        difference=difference,
+        text_vector=max_over_words(words, mask),
       )
     if auxiliary:
       out = out.replace(
         auxiliary_vector=self.compose_zero_image(zero_map, words, mask, train=train)
       )
     return out
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

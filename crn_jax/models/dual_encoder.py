@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from crn_jax.errors import UserError
 from crn_jax.models.backbones.vit import POOLINGS as IMAGE_POOLINGS
 from crn_jax.models.backbones.vit import ImageTower, ImageTowerConfig
+from crn_jax.models.precision import at_least_float32
 from crn_jax.models.preprocessing import INTERPOLATIONS, Preprocessing
 from crn_jax.models.text.transformer import POOLINGS as TEXT_POOLINGS
 from crn_jax.models.text.transformer import TextTower, TextTowerConfig
@@ -134,7 +135,7 @@ class DualEncoder(nn.Module):
   Attributes:
     config: description, as from the folder of weights.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the towers' blocks; all else is float32 (`precision`).
   """
 
   config: DualEncoderConfig
@@ -142,19 +143,19 @@ class DualEncoder(nn.Module):
   dtype: jnp.dtype = jnp.float32
 
   def setup(self):
-    c = self.config
+    c, dtype = self.config, at_least_float32(self.dtype)
     self.image = ImageTower(c.image, self.remat, self.dtype)
     self.text = TextTower(c.text, self.remat, self.dtype)
     if c.project_image:
-      self.image_projection = dense(c.vector_dim, self.dtype, None, c.project_bias)
+      self.image_projection = dense(c.vector_dim, dtype, None, c.project_bias)
     if c.project_text:
-      self.text_projection = dense(c.vector_dim, self.dtype, None, c.project_bias)
+      self.text_projection = dense(c.vector_dim, dtype, None, c.project_bias)
 
   def encode_images(self, pictures: jax.Array) -> EncodedImages:
     """Encodes pictures [batch, image_size, image_size, 3], normalised (`config.preprocessing`)."""
     out = self.image(pictures)
     pooled = self.image_projection(out.pooled) if self.config.project_image else out.pooled
-    return EncodedImages(_at_least_float32(pooled), out.map)
+    return EncodedImages(pooled, out.map)
 
   def encode_texts(self, ids: jax.Array) -> EncodedTexts:
     """Encodes texts [batch, length] int32, as the tokenizer of the towers gives them.
@@ -163,7 +164,7 @@ class DualEncoder(nn.Module):
     """
     out = self.text(ids)
     pooled = self.text_projection(out.pooled) if self.config.project_text else out.pooled
-    return EncodedTexts(_at_least_float32(pooled), out.tokens)
+    return EncodedTexts(pooled, out.tokens)
 
   def __call__(self, pictures: jax.Array, ids: jax.Array) -> tuple[EncodedImages, EncodedTexts]:
     """Both; what the module is initialised by."""
@@ -185,7 +186,3 @@ def _exact(cls, content: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _one_of(name: str, value: Any, known) -> None:
   if value not in known:
     raise UserError(f"{name} = {value!r}: expected one of {', '.join(map(repr, known))}")
-
-
-def _at_least_float32(x: jax.Array) -> jax.Array:
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))

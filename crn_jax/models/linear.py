@@ -24,31 +24,43 @@ def torch_dense(in_features: int, features: int, dtype, use_bias: bool = True, n
 
 
 def dense(features: int, kernel_init, bias_init, dtype, use_bias: bool = True, name=None):
-  """`nn.Dense` on the last axis of any array, computed as one plain matrix product."""
-  return nn.Dense(
-    features,
-    use_bias=use_bias,
-    kernel_init=kernel_init,
-    bias_init=bias_init,
-    dtype=dtype,
-    dot_general=_flat_dot_general,
-    name=name,
-  )
+  """A `Dense` of these attributes."""
+  return Dense(features, kernel_init, bias_init, dtype, use_bias, name=name)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-  """[..., k] and [k, n] -> [..., n], as `dense` computes it."""
-  return _flat_dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+  """[..., k] and [k, n] -> [..., n], computed as one product of [rows, k]."""
+  return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def _flat_dot_general(lhs, rhs, dimension_numbers, **kwargs):
-  """`lax.dot_general` of [..., k] and [k, n] on the flattened [rows, k].
+class Dense(nn.Module):
+  """`flax.linen.Dense`, but for how two gradients are summed.
 
-  With more than one row axis, the gradient of the kernel contracts several axes at once, for which
-  XLA copies a transposed gradient: on a CPU that copy costs five times the product.
+  That of the kernel is a plain matrix product of [rows, k], whatever axes there are: of several
+  axes XLA copies a transposed gradient, which on a CPU costs five times the product. That of the
+  bias is summed in the bias's precision; `flax.linen.Dense` adds up thousands of rows in `dtype`,
+  where a sum in bfloat16 stands still as soon as it is 2^8 times what is added.
+
+  Attributes:
+    features: width of the result.
+    kernel_init, bias_init: initial values.
+    dtype: of the computation and of the result; parameters are float32.
+    use_bias: whether there is one.
   """
-  if dimension_numbers != (((lhs.ndim - 1,), (0,)), ((), ())):
-    raise ValueError(f"expected a product over the last axis, got {dimension_numbers}")
-  flat = lhs.reshape(-1, lhs.shape[-1])
-  out = jax.lax.dot_general(flat, rhs, (((1,), (0,)), ((), ())), **kwargs)
-  return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+  features: int
+  kernel_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer
+  dtype: jnp.dtype
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., k] -> [..., features]."""
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    out = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
+    if self.use_bias:
+      bias = self.param("bias", self.bias_init, (self.features,))
+      # Broadcast first: the gradient of a broadcast is a sum, that of a conversion converts back.
+      out = out + jnp.broadcast_to(bias, out.shape).astype(out.dtype)
+    return out

@@ -9,6 +9,7 @@ import ml_collections
 
 from crn_jax.models.backbones import registry as backbones
 from crn_jax.models.composition.registry import COMPOSITIONS
+from crn_jax.models.precision import at_least_float32, widened
 from crn_jax.models.text.registry import TEXT_ENCODERS
 
 Vectors = tuple[jax.Array, ...]
@@ -32,6 +33,7 @@ class Single(nn.Module):
     # Rematerialised blocks would hide from `initial_values` how each parameter is drawn.
     remat = "none" if self.is_initializing() else c.remat
     self.backbone = backbones.create(c.backbone, dtype, self.axis_name, remat)
+    dtype = at_least_float32(dtype)
     self.text = TEXT_ENCODERS[c.text_encoder](self.vocab_size, c.word_dim, c.feature_dim, dtype)
     self.composition = COMPOSITIONS[c.composition](c, self.backbone, self.axis_name, dtype)
     # The vectors' length, as in Vo et al. (CVPR 2019): logits are cosines times its square.
@@ -39,13 +41,13 @@ class Single(nn.Module):
 
   def encode_images(self, images: jax.Array, *, train: bool) -> tuple[Any, Vectors]:
     """Of normalised images [batch, height, width, 3]: see `Composition.image`."""
-    reference, vectors = self.composition.image(self.backbone(images, train=train), train=train)
-    return reference, _at_least_float32(vectors)
+    features = widened(self.backbone(images, train=train))
+    return self.composition.image(features, train=train)
 
   def compose(self, reference: Any, tokens: jax.Array, mask: jax.Array, *, train: bool) -> Vectors:
     """Of references and texts [batch, words]: see `Composition.compose`."""
     words = self.text(tokens, mask)
-    return _at_least_float32(self.composition.compose(reference, words, mask, train=train))
+    return self.composition.compose(reference, words, mask, train=train)
 
   def from_vectors(self, vectors: jax.Array) -> Any:
     """See `PairScoring.from_vectors`."""
@@ -57,8 +59,7 @@ class Single(nn.Module):
 
   def pair_scores(self, query: Any, vectors: jax.Array) -> jax.Array:
     """Of images by their retrieval vectors: see `PairScoring.pair_scores`."""
-    scores = self.composition.pair_scores(query, self.composition.from_vectors(vectors))
-    return _at_least_float32(scores)
+    return self.composition.pair_scores(query, self.composition.from_vectors(vectors))
 
   def __call__(
     self,
@@ -88,8 +89,4 @@ class Single(nn.Module):
     queries, pairs = self.composition.compose_against(
       references, self.text(tokens, token_mask), token_mask, targets, train=train
     )
-    return _at_least_float32(queries), targets, _at_least_float32(pairs), self.vector_scale
-
-
-def _at_least_float32(tree: Any) -> Any:
-  return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree)
+    return queries, targets, pairs, self.vector_scale

@@ -52,7 +52,7 @@ def create(
 
   Args:
     config: `name`, a key of `BACKBONES`, and sizes; a size that is None is the named backbone's.
-    dtype: of the computation.
+    dtype: of the computation, see `precision`.
     axis_name: mapped axis over which the batch is split, if any.
     remat: what its blocks keep for their gradient, see `remat`.
 

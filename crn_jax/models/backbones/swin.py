@@ -21,6 +21,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.backbones.window_attention import Windows
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32, widened
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {
@@ -232,7 +233,7 @@ class PatchMerging(nn.Module):
       [x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]], axis=-1
     )
     x = LayerNorm(dtype=self.dtype, name="norm")(x)
-    return dense(2 * dim, self.dtype, "reduction", use_bias=False)(x)
+    return widened(dense(2 * dim, self.dtype, "reduction", use_bias=False)(x))
 
 
 class SwinTransformer(nn.Module):
@@ -248,7 +249,7 @@ class SwinTransformer(nn.Module):
     window_size: side of an attention window in tokens.
     drop_path_rate: stochastic depth of the last block, rising linearly from 0.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
     axis_name: mapped axis over which the batch is split, if any.
     uses_batch_statistics: see `registry`.
   """
@@ -302,7 +303,8 @@ class SwinTransformer(nn.Module):
       own = slice(first, first + depth)
       x = self._stage(i, blocks[own], x, None if factors is None else factors[own])
       first += depth
-    return FeatureMaps(LayerNorm(dtype=self.dtype, name="norm")(x), (*stages, x))
+    last = LayerNorm(dtype=at_least_float32(self.dtype), name="norm")(x)
+    return FeatureMaps(last, (*stages, x))
 
   def _stage(
     self, i: int, blocks: Sequence[SwinBlock], x: jax.Array, factors: jax.Array | None
@@ -358,4 +360,4 @@ class SwinTransformer(nn.Module):
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
     # Random biases, unlike timm's other layers: they also keep LayerNorm finite on a zero image.
     x = linear.torch_dense(x.shape[-1], self.embed_dim, self.dtype, name="patch_embed")(x)
-    return LayerNorm(dtype=self.dtype, name="patch_norm")(x)
+    return LayerNorm(dtype=at_least_float32(self.dtype), name="patch_norm")(x)

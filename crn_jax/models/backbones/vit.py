@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from crn_jax.errors import UserError
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32, widened
 from crn_jax.models.transformer import MLP, Blocks, Sizes, dense
 
 POOLINGS = ("class_token", "attention")
@@ -69,7 +70,7 @@ class ImageTower(nn.Module):
   Attributes:
     config: its sizes.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
   """
 
   config: ImageTowerConfig
@@ -87,7 +88,7 @@ class ImageTower(nn.Module):
     Raises:
       UserError: if the images are of another size.
     """
-    c = self.config
+    c, wide = self.config, at_least_float32(self.dtype)
     batch, side = len(images), c.image_size
     if images.shape[1:3] != (side, side):
       raise UserError(
@@ -96,19 +97,20 @@ class ImageTower(nn.Module):
       )
     x = self._embed_patches(images.astype(self.dtype))
     if c.class_tokens:
-      token = self.param("class_embedding", _normal, (c.width,)).astype(self.dtype)
-      x = jnp.concatenate([jnp.broadcast_to(token, (batch, 1, c.width)), x], axis=1)
+      token = self.param("class_embedding", _normal, (c.width,))
+      token = jnp.broadcast_to(token, (batch, 1, c.width))
+      x = jnp.concatenate([token, widened(x)], axis=1)
     positions = self.param(POSITIONS, _normal, (x.shape[1], c.width))
-    x = x + positions.astype(self.dtype)
+    x = x + positions  # float32 at least, and so is what the blocks add to.
     if c.class_tokens:
-      x = LayerNorm(c.epsilon, self.dtype, name="pre_norm")(x)
+      x = LayerNorm(c.epsilon, wide, name="pre_norm")(x)
     x, layers = Blocks(c, False, self.remat, self.dtype, name="encoder")(x, each=each)
-    close = LayerNorm(c.epsilon, self.dtype, name="post_norm")
+    close = LayerNorm(c.epsilon, wide, name="post_norm")
     if c.pooling == "class_token":
       pooled, x = close(x[:, 0]), x[:, 1:]
     else:
       x = close(x)
-      pooled = AttentionPool(c, self.dtype, name="pool")(x)
+      pooled = AttentionPool(c, wide, name="pool")(x)
     return ImageTokens(pooled, x.reshape(batch, c.grid, c.grid, c.width), layers)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:

@@ -43,7 +43,7 @@ class FiLM(Composition):
 
     def modulate(x: jax.Array) -> jax.Array:
       gamma, beta = next(blocks)
-      return (1.0 + gamma) * x + beta
+      return ((1.0 + gamma) * x + beta).astype(x.dtype)
 
     features = self.backbone(reference, train=train, first_stage=self.first, modulate=modulate)
     return (self.image_vector(features.map),)

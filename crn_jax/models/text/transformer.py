@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.precision import at_least_float32
 from crn_jax.models.transformer import Blocks, Sizes
 
 # 'end': at the first end-of-text id. 'largest_id': where the id is largest, as CLIP's first
@@ -65,7 +66,7 @@ class TextTower(nn.Module):
   Attributes:
     config: its sizes.
     remat: what blocks keep for their gradient, see `remat`.
-    dtype: of the computation; parameters are float32.
+    dtype: of the blocks; parameters and what blocks add to are float32 (`precision`).
   """
 
   config: TextTowerConfig
@@ -87,12 +88,11 @@ class TextTower(nn.Module):
     c = self.config
     if ids.shape[1] > c.length or (not c.causal and ids.shape[1] != c.length):
       raise ValueError(f"expected rows of {c.length} ids, got {ids.shape[1]}")
-    embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, dtype=self.dtype,
-                     name="embedding")  # fmt: skip
-    positions = self.param("position_embedding", _normal, (c.length, c.width)).astype(self.dtype)
-    x = embed(ids) + positions[: ids.shape[1]]
+    embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, name="embedding")
+    positions = self.param("position_embedding", _normal, (c.length, c.width))
+    x = embed(ids) + positions[: ids.shape[1]]  # float32 at least: what the blocks add to.
     x, layers = Blocks(c, c.causal, self.remat, self.dtype, name="encoder")(x, each=each)
-    x = LayerNorm(c.epsilon, self.dtype, name="final_norm")(x)
+    x = LayerNorm(c.epsilon, at_least_float32(self.dtype), name="final_norm")(x)
     return TextTokens(x[jnp.arange(len(ids)), self._pooled_position(ids)], x, layers)
 
   def _pooled_position(self, ids: jax.Array) -> jax.Array:

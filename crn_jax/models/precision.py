@@ -1,0 +1,22 @@
+"""What a model of `model.dtype` = bfloat16 keeps in float32.
+
+Backbones and towers compute in `model.dtype`, up to their last block; everything else is float32,
+and so is what transformer blocks add to. Images that are nearly alike differ by less than
+bfloat16's 8 bits resolve: there differences would be rounded away, while within a block LayerNorm
+makes them larger. ResNets have a BatchNorm for it behind every convolution.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+  """Of what stands behind blocks of a dtype."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def widened(tree: Any) -> Any:
+  """A tree of arrays, each in `at_least_float32` of its dtype."""
+  return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
