@@ -3,8 +3,8 @@
 PYTHONPATH=. python benchmarks/gpu_program.py --card=h100 --config=configs/fashioniq_dress.py
     --config.model.dtype=bfloat16
 
-Needs JAX's CUDA plugin (pip install -e '.[cuda]'). Prints, by kind, the kernels of a step, the bytes
-that they read and write and a rough time, and a line of JSON. No time is measured but that of
+Needs JAX's CUDA plugin (pip install -e '.[cuda]'). Prints, by kind, the kernels of a step, the
+bytes that they read and write and a rough time, and a line of JSON. No time is measured but that of
 compilation, which is without XLA's trying out of kernels. --hlo=FILE keeps the compiled program.
 """
 

@@ -142,8 +142,8 @@ class Branch(nn.Module):
       # First: it takes the running statistics from before the pass that moves them.
       zero = self.encode_zero_image(*images.shape[1:3])
       return self.encode_image(images, train=train), zero.map
-    # Twice: of an odd number of images XLA for GPUs copies what goes into every bfloat16 product, to
-    # fill its rows up to a multiple of 8.
+    # Twice: of an odd number of images XLA for GPUs copies what goes into every bfloat16 product,
+    # to fill its rows up to a multiple of 8.
     images = jnp.concatenate([images, jnp.zeros_like(images[:2])])
     out = self.head(self.image_maps(images, train=train, undropped=2))
     return jax.tree.map(lambda x: x[:-2], out), out.map[-1:]

@@ -48,8 +48,8 @@ def _forward(x, scale, bias, epsilon, dtype):
 def _backward(epsilon, dtype, saved, of_out):
   del epsilon, dtype
   x, scale, bias, mean, inverse = saved
-  # Without it XLA for GPUs computes the statistics anew in each product of theirs with the gradient,
-  # and writes that down in float32 before it sums it.
+  # Without it XLA for GPUs computes the statistics again inside their products with the gradient,
+  # and writes these down in float32 before it sums them.
   mean, inverse = jax.lax.optimization_barrier((mean, inverse))
   of_out = of_out.astype(mean.dtype)
   unit = (x.astype(mean.dtype) - mean) * inverse
