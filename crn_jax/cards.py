@@ -65,8 +65,8 @@ _PLATFORM = """
 
 NAMES = tuple(_CARDS)
 
-# Of `Lowered.compile` for a card. Products that XLA writes itself have a form that it finds by trying
-# them out; those of cuBLAS do not.
+# Of `Lowered.compile` for a card. Products that XLA writes itself have a form that it finds by
+# trying; those of cuBLAS do not.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
 _platform = contextvars.ContextVar("platform", default=None)
