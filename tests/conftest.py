@@ -16,6 +16,10 @@ _DEVICES = "--xla_force_host_platform_device_count"
 if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8".strip()
 
+# PyTorch's GPU build, which pip takes, brings Triton and imports it, for nothing that is tested. In
+# a process that has imported TensorFlow that ends in a segmentation fault.
+sys.modules["triton"] = None
+
 # Files whose models have Swin-L's widths. They need several GB each, and so run one after another.
 LARGE = {
   "tests/methods/test_losses_parity.py",

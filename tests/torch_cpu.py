@@ -1,11 +1,15 @@
-"""Import before torchvision, with PyTorch's CPU build.
+"""Import before torchvision, whatever the builds of PyTorch and torchvision.
 
-torchvision's GPU build fails on two operators that are missing there, and that no test uses;
-declaring them is enough.
+Beside PyTorch's CPU build torchvision's GPU build, which pip takes, cannot load its own operators
+and fails on two of them that no test uses; declaring them is enough. Where torchvision has them,
+to declare them again would end the process.
 """
 
 import torch
 
-_library = torch.library.Library("torchvision", "DEF")
-for _name in ("nms", "qnms"):
-  _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+  import torchvision  # noqa: F401
+except RuntimeError:
+  _library = torch.library.Library("torchvision", "DEF")
+  for _name in ("nms", "qnms"):
+    _library.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -124,12 +124,12 @@ def test_its_gradient_can_be_compiled_for_a_gpu():
     out, pull_back = jax.vjp(lambda q, b: window_attention.attend(q, b, windows), qkv, bias)
     return pull_back(out)
 
-  try:
+  # From JAX 0.11 on Triton's compiler has to know the card, here from the mesh.
+  card = jax.sharding.AbstractDevice("NVIDIA A100-SXM4-40GB", num_cores=None, platform="gpu")
+  mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=card)
+  with jax.sharding.use_abstract_mesh(mesh):
     text = jax.jit(gradient).trace(qkv, bias).lower(lowering_platforms=("cuda",)).as_text()
-  except RuntimeError as error:  # From JAX 0.11 on it has to know the card.
-    assert "No supported GPU" in str(error)
-  else:
-    assert text.count("triton") >= 2
+  assert text.count("triton") >= 2
 
 
 def test_its_products_are_counted():
