@@ -19,9 +19,7 @@ import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from crn_jax import cards, plan, pretrained, stages, state, training_step
-from crn_jax.methods import registry
-from crn_jax.parallel import AXIS, DataParallel
+from crn_jax import cards, plan, pretrained, stages
 
 _CONFIG = config_flags.DEFINE_config_file("config", "configs/fashioniq_dress.py", "Configuration.")
 _CARD = flags.DEFINE_enum("card", "h100", cards.NAMES, "GPU to compile for.")
@@ -32,11 +30,11 @@ _LAUNCHED = ("fusion", "custom-call", "copy", "sort", "scatter")
 # Not s8: so cuBLAS takes its workspace.
 _SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z\-]+)\((.*)")
+_COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
+
 # A rough idea of a large card: bytes and floating point operations a second that kernels reach, and
 # seconds before one does anything.
 _BANDWIDTH, _PRODUCTS, _START = 3e12, 6e14, 2e-6
-
-_COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,16 +161,10 @@ def _read(parameter: Instruction, inside: dict[str, Instruction]) -> int:
 def compiled(config, card: str) -> tuple[dict, str]:
   """Times and sizes of the compiled step, and its text."""
   device = cards.device(card)
-  parallel = DataParallel.create("shard_map", [device])
-  method = registry.create(config, plan.VOCABULARY, AXIS)
-  tx = method.optimizer(steps_per_epoch=1_000, total_steps=1_000_000)
-  batch = training_step.abstract_batch(method)
   start = time.perf_counter()
-  with cards.compiling_for(device):
-    traced = training_step.compiled(method, tx, parallel).trace(state.abstract(method), batch)
-    lowered = traced.lower()
+  step = plan.traced_step(config, device)
   lowered_at, processor = time.perf_counter(), time.process_time()
-  program = lowered.compile(cards.COMPILER_OPTIONS)
+  program = step.lowered.compile(cards.COMPILER_OPTIONS)
   memory = program.memory_analysis()
   return {
     "benchmark": "gpu_program",
@@ -181,8 +173,8 @@ def compiled(config, card: str) -> tuple[dict, str]:
     "jax": jax.__version__,
     "dtype": config.model.dtype,
     "batch_size": config.batch_size,
-    "tflop_per_step": plan.flops(traced.jaxpr.jaxpr) / 1e12,
-    "stablehlo_lines": lowered.as_text().count("\n"),
+    "tflop_per_step": step.flops / 1e12,
+    "stablehlo_lines": step.lowered.as_text().count("\n"),
     "lower_seconds": lowered_at - start,
     "compile_seconds": time.perf_counter() - lowered_at,
     # Without that of the assembler of NVIDIA, which is a process of its own.

@@ -4,13 +4,9 @@ JAX's CUDA plugin (`pip install -e '.[cuda]'`) holds XLA's compiler, which needs
 description of the card. What it cannot do there is to try out how a product is computed best.
 """
 
-import contextlib
-import contextvars
 import os
-from collections.abc import Iterator
 
 import jax
-from jax.experimental import topologies
 
 from crn_jax.errors import UserError
 
@@ -69,8 +65,6 @@ NAMES = tuple(_CARDS)
 # trying; those of cuBLAS do not.
 COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 
-_platform = contextvars.ContextVar("platform", default=None)
-
 
 def device(name: str) -> jax.Device:
   """A device that programs can be compiled for, but that holds and computes nothing.
@@ -85,6 +79,8 @@ def device(name: str) -> jax.Device:
   """
   if name not in _CARDS:
     raise UserError(f"--card={name}: there are {', '.join(NAMES)}")
+  from jax.experimental import topologies  # Experimental: nobody else should depend on it.
+
   # Without it the plugin takes itself for broken where there is no driver.
   os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
   try:
@@ -93,21 +89,6 @@ def device(name: str) -> jax.Device:
     )
   except NotImplementedError as error:
     raise UserError(
-      f"--card={name} needs JAX's CUDA plugin, though no GPU: pip install -e '.[cuda]'"
+      f"--card={name} needs JAX's CUDA plugin, though no GPU: pip install -e '.[cuda]' ({error})"
     ) from error
   return found.devices[0]
-
-
-@contextlib.contextmanager
-def compiling_for(device: jax.Device) -> Iterator[None]:
-  """What is traced here is for the device's platform, whatever the machine has."""
-  token = _platform.set(device.platform)
-  try:
-    yield
-  finally:
-    _platform.reset(token)
-
-
-def platform() -> str:
-  """The platform that programs are traced for: 'cpu' or 'gpu'."""
-  return _platform.get() or jax.default_backend()

@@ -12,8 +12,9 @@ import jax
 import ml_collections
 from jax.extend import core
 
-from crn_jax import cards, stages, state, training_step
+from crn_jax import cards, platforms, stages, state, training_step
 from crn_jax.methods import registry
+from crn_jax.methods.base import Method, TrainState
 from crn_jax.parallel import AXIS, DataParallel
 
 # Words of the data's captions are not known without the data: about as many as FashionIQ has. Each
@@ -69,8 +70,8 @@ class Needs:
 
   def to_json(self) -> dict:
     fields = dataclasses.asdict(self)
-    cards = {f"{gib} GiB": self.fits(gib) for gib in CARDS}
-    return fields | {"images": 2 * self.batch_size, "total": self.total, "cards": cards}
+    fits = {f"{gib} GiB": self.fits(gib) for gib in CARDS}
+    return fields | {"images": 2 * self.batch_size, "total": self.total, "cards": fits}
 
   def to_text(self) -> str:
     """A table for people to read."""
@@ -120,38 +121,60 @@ def create(config: ml_collections.ConfigDict, card: str | None = None) -> Needs:
   """See `plan`. Of a training with another one before it, the one before: it needs more."""
   config = stages.fine_tuning(config) or config
   device = cards.device(card) if card else jax.devices()[0]
-  # Both modes compute the same; only this one can be compiled for shapes.
-  parallel = DataParallel.create("shard_map", [device])
-  method = registry.create(config, VOCABULARY, AXIS)
-  like = state.abstract(method)
-  tx = method.optimizer(steps_per_epoch=1, total_steps=1)
-  batch = training_step.abstract_batch(method)
-  with cards.compiling_for(device):
-    traced = training_step.compiled(method, tx, parallel).trace(like, batch)
-    lowered = traced.lower()
+  step = traced_step(config, device)
   print(f"compiling the step for {device.device_kind} ...", file=sys.stderr, flush=True)
-  compiled = lowered.compile(cards.COMPILER_OPTIONS if card else None)
-  analysis = compiled.memory_analysis()
+  compiled = step.lowered.compile(cards.COMPILER_OPTIONS if card else None)
+  analysis, like = compiled.memory_analysis(), step.state
   return Needs(
     name=config.name,
     platform=device.platform,
     device=device.device_kind,
     batch_size=config.batch_size,
     vocabulary=VOCABULARY,
-    parameters={part: _count(like.params[part]) for part in method.parts},
-    flops=flops(traced.jaxpr.jaxpr),
+    parameters={part: _count(like.params[part]) for part in step.method.parts},
+    flops=step.flops,
     memory={
       "parameters": _bytes(like.params),
       "moving average": _bytes(like.average),
       "batch statistics": _bytes(like.batch_stats),
       "optimizer": _bytes(like.opt_state),
-      "batch": _bytes(batch),
+      "batch": _bytes(step.batch),
       "temporaries": analysis.temp_size_in_bytes,
       # The new state takes the place of the old one.
       "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
     },
     smaller=_smaller(config),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedStep:
+  """The step of a configuration on one device, not compiled yet.
+
+  Attributes:
+    method: whose step it is.
+    state, batch: its arguments, as shapes.
+    flops: of its matrix products and convolutions.
+    lowered: what can be compiled.
+  """
+
+  method: Method
+  state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
+  flops: int
+  lowered: jax.stages.Lowered
+
+
+def traced_step(config: ml_collections.ConfigDict, device: jax.Device) -> TracedStep:
+  """Of one training, not of two in a row."""
+  # Both modes compute the same; only this one can be compiled for shapes.
+  parallel = DataParallel.create("shard_map", [device])
+  method = registry.create(config, VOCABULARY, AXIS)
+  like, batch = state.abstract(method), training_step.abstract_batch(method)
+  tx = method.optimizer(steps_per_epoch=1, total_steps=1)
+  with platforms.tracing_for(device):
+    traced = training_step.compiled(method, tx, parallel).trace(like, batch)
+    return TracedStep(method, like, batch, flops(traced.jaxpr.jaxpr), traced.lower())
 
 
 def flops(jaxpr: core.Jaxpr) -> int:

@@ -6,7 +6,8 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from crn_jax import cards, plan
+from benchmarks import gpu_program
+from crn_jax import cards, plan, platforms
 from crn_jax.errors import UserError
 from crn_jax.models.backbones import window_attention
 from tests import tiny_model
@@ -53,12 +54,12 @@ def test_what_is_traced_for_a_card_takes_its_kernels():
     return window_attention.chosen(jax.numpy.bfloat16, 32, (14, 14), windows)
 
   assert not chosen()
-  with cards.compiling_for(gpu):
-    assert cards.platform() == "gpu"
+  with platforms.tracing_for(gpu):
+    assert platforms.current() == "gpu"
     assert chosen()
-  with pytest.raises(KeyError), cards.compiling_for(gpu):
+  with pytest.raises(KeyError), platforms.tracing_for(gpu):
     raise KeyError
-  assert cards.platform() == "cpu"
+  assert platforms.current() == "cpu"
   assert not chosen()
 
 
@@ -75,3 +76,15 @@ def test_a_step_is_planned_for_a_card(monkeypatch):
   assert asked == ["rtx4090"]
   assert used == [cards.COMPILER_OPTIONS]
   assert found.memory["temporaries"] > found.memory["batch"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compile")
+def test_the_program_of_a_card_is_counted(monkeypatch):
+  monkeypatch.setattr(cards, "device", lambda name: jax.devices()[1])
+  config = tiny_model.config()
+  config.name = "tiny"
+  found, text = gpu_program.compiled(config, "h100")
+  assert found["batch_size"] == config.batch_size
+  assert found["tflop_per_step"] > 0 < found["stablehlo_lines"]
+  assert sum(x.launches for x in gpu_program.kernels(text)) > 0

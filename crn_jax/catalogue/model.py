@@ -107,18 +107,20 @@ def _of_towers(path: pathlib.Path) -> Model:
 
 
 def _model(path: pathlib.Path, method: Method, variables: Variables, tokenizer: Tokenizer) -> Model:
-  digest = _digest(variables, method.config, tokenizer)
+  digest = _digest(variables, method, tokenizer)
   return Model(str(path), method, jax.device_put(variables), tokenizer, digest)
 
 
-def _digest(variables: Variables, config: ml_collections.ConfigDict, tokenizer: Tokenizer) -> str:
+def _digest(variables: Variables, method: Method, tokenizer: Tokenizer) -> str:
   """SHA-256 of everything on which a vector depends; not of where the files are."""
+  config = method.config
   settings = {
     name: value
     for name, value in run.settings(config).items()
     if name in _OF_DATA or name.startswith((f"{config.method}.", "model."))
   }
   settings = {name: value for name, value in settings.items() if name not in _WITHOUT_EFFECT}
+  settings["model.dtype"] = method.numerics
 
   def digest_of(item) -> str:
     path, leaf = item

@@ -18,6 +18,7 @@ import ml_collections
 import optax
 
 from crn_jax.methods import optimizer
+from crn_jax.models import precision
 from crn_jax.models.backbones import registry
 from crn_jax.models.preprocessing import Preprocessing
 
@@ -120,6 +121,11 @@ class Method(abc.ABC):
   def preprocessing(self) -> Preprocessing:
     """What the method's pictures are normalised and resized with."""
     return registry.preprocessing(self.config.model.backbone)
+
+  @property
+  def numerics(self) -> str:
+    """How it computes, for what is kept of its vectors: another name once they come out others."""
+    return precision.numerics(self.config.model.dtype)
 
   @abc.abstractmethod
   def init(self, key: jax.Array) -> Variables:

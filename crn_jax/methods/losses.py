@@ -152,9 +152,7 @@ def mutual_kl(queries, targets, teacher_queries, teacher_targets, batch: Batch) 
 def mean_square(a: jax.Array, b: jax.Array, batch: Batch) -> jax.Array:
   """Share of the mean squared difference over all elements of the global batch."""
   elements_per_row = a[0].size
-  return jnp.sum(jnp.square(a - b).astype(jnp.promote_types(a.dtype, jnp.float32))) / (
-    elements_per_row * batch.size(a)
-  )
+  return jnp.sum(jnp.square(a - b)) / (elements_per_row * batch.size(a))
 
 
 def needs_teacher(weights: ml_collections.ConfigDict) -> bool:

@@ -209,10 +209,7 @@ class Branch(nn.Module):
       out = out.replace(composed_map=query.composed, target_map=encoded.map[1::2])
     if modification:
       difference = self.relation(out.query_vector, out.target_vector)
-      out = out.replace(
-        difference=difference,
-        text_vector=max_over_words(words, mask),
-      )
+      out = out.replace(difference=difference, text_vector=max_over_words(words, mask))
     if auxiliary:
       out = out.replace(
         auxiliary_vector=self.compose_zero_image(zero_map, words, mask, train=train)

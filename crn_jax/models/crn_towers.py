@@ -9,7 +9,7 @@ from crn_jax.models.backbones.feature_maps import FeatureMaps
 from crn_jax.models.crn import Branch
 from crn_jax.models.dual_encoder import DualEncoder, DualEncoderConfig
 from crn_jax.models.linear import torch_dense
-from crn_jax.models.precision import at_least_float32, widened
+from crn_jax.models.precision import at_least_float32
 
 
 class TowerBranch(Branch):
@@ -40,7 +40,7 @@ class TowerBranch(Branch):
     out = self.encoder.image(images, each=True)
     patches = out.layers[:, :, tower.class_tokens :].reshape(tower.depth, *out.map.shape)
     ends = (-(-tower.depth // 3), -(-2 * tower.depth // 3))
-    return widened(FeatureMaps(out.map, (*(patches[end - 1] for end in ends), out.map)))
+    return FeatureMaps(out.map, (*(patches[end - 1] for end in ends), out.map))
 
   def word_features(self, tokens: jax.Array) -> jax.Array:
     if self.is_initializing():

@@ -18,14 +18,9 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 
 def torch_dense(in_features: int, features: int, dtype, use_bias: bool = True, name=None):
-  """`dense` with PyTorch's initial values; a 1 x 1 convolution is the same on channels-last."""
+  """`Dense` with PyTorch's initial values; a 1 x 1 convolution is the same on channels-last."""
   uniform = torch_uniform(in_features)
-  return dense(features, uniform, uniform, dtype, use_bias, name)
-
-
-def dense(features: int, kernel_init, bias_init, dtype, use_bias: bool = True, name=None):
-  """A `Dense` of these attributes."""
-  return Dense(features, kernel_init, bias_init, dtype, use_bias, name=name)
+  return Dense(features, uniform, uniform, dtype, use_bias, name=name)
 
 
 def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -43,24 +38,24 @@ class Dense(nn.Module):
 
   Attributes:
     features: width of the result.
-    kernel_init, bias_init: initial values.
+    kernel_init, bias_init: initial values; the latter may be None without a bias.
     dtype: of the computation and of the result; parameters are float32.
     use_bias: whether there is one.
   """
 
   features: int
   kernel_init: nn.initializers.Initializer
-  bias_init: nn.initializers.Initializer
+  bias_init: nn.initializers.Initializer | None
   dtype: jnp.dtype
   use_bias: bool = True
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """[..., k] -> [..., features]."""
-    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+    kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
     out = matmul(x.astype(self.dtype), kernel.astype(self.dtype))
     if self.use_bias:
-      bias = self.param("bias", self.bias_init, (self.features,))
+      bias = self.param("bias", self.bias_init, (self.features,), jnp.float32)
       # Broadcast first: the gradient of a broadcast is a sum, that of a conversion converts back.
       out = out + jnp.broadcast_to(bias, out.shape).astype(out.dtype)
     return out

@@ -17,6 +17,11 @@ def at_least_float32(dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def numerics(dtype: str) -> str:
+  """A name of how models of a `model.dtype` compute: another one once their numbers are others."""
+  return dtype if dtype == "float32" else f"{dtype} blocks"
+
+
 def widened(tree: Any) -> Any:
   """A tree of arrays, each in `at_least_float32` of its dtype."""
   return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)

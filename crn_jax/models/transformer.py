@@ -49,9 +49,9 @@ class Sizes:
   epsilon: float
 
 
-def dense(features: int, dtype, name: str, use_bias: bool = True) -> nn.Dense:
+def dense(features: int, dtype, name: str, use_bias: bool = True) -> linear.Dense:
   """A linear layer; random values are normal with deviation 0.02."""
-  return linear.dense(features, _normal, nn.initializers.zeros, dtype, use_bias, name)
+  return linear.Dense(features, _normal, nn.initializers.zeros, dtype, use_bias, name=name)
 
 
 class MLP(nn.Module):

@@ -187,7 +187,7 @@ class _Frozen:
           "kind": kind,
           "weights": weights[kind],
           "tower": dataclasses.asdict(getattr(description, kind)),
-          "dtype": config.model.dtype,
+          "dtype": method.numerics,
         },
         method.vector_dim,
       )

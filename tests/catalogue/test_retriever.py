@@ -280,6 +280,12 @@ class TestOpening:
     run.save_config(config, tmp_path / "run")
     assert (model.load(tmp_path / "run").digest == loaded.digest) == same
 
+  def test_other_numerics_are_another_digest(self, place, loaded, monkeypatch):
+    """As of bfloat16 when more of it became float32; float32 keeps its name, and old indexes."""
+    assert loaded.method.numerics == "float32"
+    monkeypatch.setattr(type(loaded.method), "numerics", "float32, otherwise")
+    assert model.load(place / "run").digest != loaded.digest
+
   @pytest.mark.parametrize(
     ("name", "message"),
     [

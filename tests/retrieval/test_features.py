@@ -8,6 +8,7 @@ import pytest
 
 from crn_jax.input_pipeline.registry import open_dataset
 from crn_jax.input_pipeline.tokenizers.words import Vocabulary
+from crn_jax.methods.base import Method
 from crn_jax.models.dual_encoder import DualEncoder
 from crn_jax.parallel import AXIS, DataParallel
 from crn_jax.retrieval import features, kept_features
@@ -119,6 +120,14 @@ def test_pictures_prepared_in_another_way_are_encoded_again(made, tmp_path, enco
   n = len(encoded)
   compute(made, tmp_path, **changed)
   assert {kind for kind, _ in encoded[n:]} == {"image"}
+
+
+def test_what_a_tower_computes_otherwise_is_computed_again(made, tmp_path, encoded, monkeypatch):
+  compute(made, tmp_path)
+  n = len(encoded)
+  monkeypatch.setattr(Method, "numerics", "bfloat16, otherwise")
+  compute(made, tmp_path)
+  assert {kind for kind, _ in encoded[n:]} == {"image", "text"}
 
 
 def test_a_tower_that_is_trained_has_no_features(made, tmp_path, encoded):

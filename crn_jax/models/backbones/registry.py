@@ -4,7 +4,8 @@ A backbone is a module `backbone(images, train=...) -> FeatureMaps` with the pro
 width of its last map. What follows it takes widths from there and knows no backbone. It says with
 `uses_batch_statistics` whether, in training, an image's features depend on the batch; if they do
 not, it takes `undropped`, the number of images at the end of the batch that pass without stochastic
-depth. How pictures are resized and normalised goes with it.
+depth. Its maps may be bfloat16: who takes them widens them, see `precision`. How pictures are
+resized and normalised goes with it.
 """
 
 import dataclasses

@@ -38,7 +38,7 @@ def conv(features: int, side: int, stride: int, dtype, name: str):
 
     def product(x):
       # A matrix product; where a stride skips positions, they are left out before it.
-      dense = linear.dense(features, _he_normal, None, dtype, use_bias=False, name=name)
+      dense = linear.Dense(features, _he_normal, None, dtype, use_bias=False, name=name)
       return dense(x[:, ::stride, ::stride])
 
     return product

@@ -38,9 +38,9 @@ VARIANTS = {
 _trunc_normal = nn.initializers.truncated_normal(0.02)
 
 
-def dense(features: int, dtype, name: str, use_bias: bool = True) -> nn.Dense:
+def dense(features: int, dtype, name: str, use_bias: bool = True) -> linear.Dense:
   """A linear layer with timm's initial values (truncated normal 0.02, zero bias)."""
-  return linear.dense(features, _trunc_normal, nn.initializers.zeros, dtype, use_bias, name)
+  return linear.Dense(features, _trunc_normal, nn.initializers.zeros, dtype, use_bias, name=name)
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -136,9 +136,7 @@ class WindowAttention(nn.Module):
     qkv = qkv.reshape(-1, n, 3, self.num_heads, width // 3 // self.num_heads)
     q, k, v = qkv[:, :, 0] * qkv.shape[-1] ** -0.5, qkv[:, :, 1], qkv[:, :, 2]
     # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
-    logits = jnp.einsum(
-      "bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.promote_types(q.dtype, jnp.float32)
-    )
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=at_least_float32(q.dtype))
     logits = logits + bias
     if any(windows.shift):
       mask = shift_mask(windows.grid, windows.window, windows.shift)
@@ -192,7 +190,7 @@ def _scaled(x: jax.Array, factor: jax.Array | None) -> jax.Array:
   """[batch, h, w, dim] times [batch], multiplied in the factor's precision."""
   if factor is None:
     return x
-  return (x.astype(factor.dtype) * factor[:, None, None, None]).astype(x.dtype)
+  return x.astype(factor.dtype) * factor[:, None, None, None]
 
 
 def drop_path_rates(last: float, blocks: int) -> np.ndarray:
@@ -347,7 +345,7 @@ class SwinTransformer(nn.Module):
       start = jax.lax.axis_index(self.axis_name) * dropped
       kept = jax.lax.dynamic_slice_in_dim(kept, start, dropped, axis=2)
     # In float32 at least: 1 / keep has more digits than bfloat16.
-    factors = kept.astype(jnp.promote_types(self.dtype, jnp.float32)) / keep[:, None, None]
+    factors = kept.astype(at_least_float32(self.dtype)) / keep[:, None, None]
     return jnp.pad(factors, ((0, 0), (0, 0), (0, undropped)), constant_values=1.0)
 
   def _embed_patches(self, images: jax.Array) -> jax.Array:

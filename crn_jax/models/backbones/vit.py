@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from crn_jax.errors import UserError
 from crn_jax.models.layer_norm import LayerNorm
-from crn_jax.models.precision import at_least_float32, widened
+from crn_jax.models.precision import at_least_float32
 from crn_jax.models.transformer import MLP, Blocks, Sizes, dense
 
 POOLINGS = ("class_token", "attention")
@@ -95,13 +95,13 @@ class ImageTower(nn.Module):
         f"images are {images.shape[1]} x {images.shape[2]}, this tower takes {side} x {side}: set "
         f"data.image_size"
       )
-    x = self._embed_patches(images.astype(self.dtype))
+    x = self._embed_patches(images.astype(self.dtype)).astype(wide)
     if c.class_tokens:
       token = self.param("class_embedding", _normal, (c.width,))
-      token = jnp.broadcast_to(token, (batch, 1, c.width))
-      x = jnp.concatenate([token, widened(x)], axis=1)
+      token = jnp.broadcast_to(token, (batch, 1, c.width)).astype(wide)
+      x = jnp.concatenate([token, x], axis=1)
     positions = self.param(POSITIONS, _normal, (x.shape[1], c.width))
-    x = x + positions  # float32 at least, and so is what the blocks add to.
+    x = x + positions.astype(wide)
     if c.class_tokens:
       x = LayerNorm(c.epsilon, wide, name="pre_norm")(x)
     x, layers = Blocks(c, False, self.remat, self.dtype, name="encoder")(x, each=each)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from crn_jax import cards
+from crn_jax import platforms
 
 try:
   from jax.experimental.pallas import triton
@@ -96,7 +96,7 @@ def chosen(dtype, head_dim: int, grid: tuple[int, int], windows: Windows) -> boo
   return (
     triton is not None
     and dtype == jnp.bfloat16
-    and cards.platform() == "gpu"
+    and platforms.current() == "gpu"
     and head_dim >= 16
     and head_dim & (head_dim - 1) == 0
     and windows.positions <= 64

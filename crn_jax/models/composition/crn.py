@@ -32,14 +32,10 @@ class _Composition(nn.Module):
       image_map.shape[-1], self.feature_dim, self.dtype, use_bias=False, name="embed"
     )
     e = embed(image_map).reshape(image_map.shape[0], -1, self.feature_dim)
-    # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
-    at_least_float32 = jnp.promote_types(e.dtype, jnp.float32)
-    logits = jnp.einsum("bld,bpd->blp", words, e, preferred_element_type=at_least_float32)
-    return e, logits / self.temperature
+    return e, jnp.einsum("bld,bpd->blp", words, e) / self.temperature
 
   def _modulate(self, base, context, mask, **mode):
     """gamma(context) * base + beta(context)."""
-
     units = [
       InceptionUnit(base.shape[-1], self.axis_name, self.dtype, name=name)
       for name in ("gamma", "beta")

@@ -80,7 +80,6 @@ class DCNet(PairScoring):
     """Experts of the reference; those of the text in units of the query's length, float32."""
     text = self.text_experts(words, mask, train=False)
     (query,) = self._queries(self.composing(reference, text, train=False))
-    query, text = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (query, text))
     return reference, text / _length(query)[:, None]
 
   def pair_scores(self, query, images):

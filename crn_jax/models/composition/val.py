@@ -131,12 +131,8 @@ class SelfAttention(nn.Module):
     def project(name):
       return linear.torch_dense(width, width, self.dtype, use_bias=False, name=name)(x)
 
-    # Of bfloat16 products the sum is kept in float32, as the softmax needs it.
-    at_least_float32 = jnp.promote_types(x.dtype, jnp.float32)
-    logits = jnp.einsum(
-      "bpd,bqd->bpq", project("query"), project("key"), preferred_element_type=at_least_float32
-    )
-    attention = jax.nn.softmax(logits / math.sqrt(width)).astype(self.dtype)
+    logits = jnp.einsum("bpd,bqd->bpq", project("query"), project("key"))
+    attention = jax.nn.softmax(logits / math.sqrt(width))
     if train:
       attention = dropout(self, attention, _DROPOUT)
     return attention @ project("value")

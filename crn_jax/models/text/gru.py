@@ -61,7 +61,7 @@ class BiGRU(nn.Module):
     """One GRU: [words, batch, word_dim] -> [words, batch, feature_dim / 2]."""
     width = self.feature_dim // 2
     uniform = linear.torch_uniform(width)
-    gates_of_input = linear.dense(
+    gates_of_input = linear.Dense(
       3 * width, uniform, uniform, self.dtype, name=f"{name}_input_gates"
     )(words)
     kernel = self.param(f"{name}_hidden_kernel", uniform, (width, 3 * width)).astype(self.dtype)

@@ -43,7 +43,7 @@ class TextEncoder(nn.Module):
       self.vocab_size, self.word_dim, embedding_init=nn.initializers.normal(1.0), dtype=self.dtype,
       name="embedding",
     )  # fmt: skip
-    gates_of_input = linear.dense(4 * width, uniform, uniform, self.dtype, name="input_gates")(
+    gates_of_input = linear.Dense(4 * width, uniform, uniform, self.dtype, name="input_gates")(
       embed(tokens)
     )
     kernel = self.param("hidden_kernel", uniform, (width, 4 * width)).astype(self.dtype)

@@ -90,7 +90,7 @@ class TextTower(nn.Module):
       raise ValueError(f"expected rows of {c.length} ids, got {ids.shape[1]}")
     embed = nn.Embed(c.vocab_size, c.width, embedding_init=_normal, name="embedding")
     positions = self.param("position_embedding", _normal, (c.length, c.width))
-    x = embed(ids) + positions[: ids.shape[1]]  # float32 at least: what the blocks add to.
+    x = (embed(ids) + positions[: ids.shape[1]]).astype(at_least_float32(self.dtype))
     x, layers = Blocks(c, c.causal, self.remat, self.dtype, name="encoder")(x, each=each)
     x = LayerNorm(c.epsilon, at_least_float32(self.dtype), name="final_norm")(x)
     return TextTokens(x[jnp.arange(len(ids)), self._pooled_position(ids)], x, layers)
