@@ -97,7 +97,8 @@ def get_config(names: str = "") -> ml_collections.ConfigDict:
   model.aggregation = "used"  # HAT: 'used', 'discarded' (computed without effect) or 'none'.
   model.mask_padding = True  # Padding takes no part; False: it acts like words, as released.
   model.attention_temperature = ml_collections.ConfigDict({"local": 7.0, "global": 4.0})
-  # Of the blocks of backbones and towers: 'float32' or 'bfloat16'. All else is float32.
+  # 'float32' or 'bfloat16', of backbones and towers. What blocks of Swin and of towers add to is
+  # float32, and all that follows.
   model.dtype = "float32"
   # Of float32 products on a GPU: 'default' is TF32 on recent cards, 'highest' all of float32.
   # Scores of losses and of retrieval always have the latter.
