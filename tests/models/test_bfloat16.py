@@ -93,12 +93,12 @@ def update_of(name: str):
   else:
     method = tiny_towers.method(name)
     config = method.config
-    if name in ON_TOWERS and name != "bank":
+    if tiny_towers.registry.uses_features(name):
+      batch = method.abstract_batch(2, 8)
+    else:
       words = tiny_towers.ids(2)
       batch = dict.fromkeys(("reference", "target"), tiny_towers.pictures(2))
       batch |= {"tokens": words, "token_mask": words > 0}
-    else:
-      batch = method.abstract_batch(2, 8)
   config.model.dtype = "bfloat16"
   state = jax.eval_shape(lambda: TrainState.create(method.init(jax.random.key(0)), tx))
   step = jax.make_jaxpr(lambda state, batch: method.train_step(tx, state, batch))
