@@ -28,7 +28,8 @@ def test_without_the_plugin_it_is_said_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.parametrize("name", cards.NAMES)
-def test_a_card_is_described_as_xla_reads_it(name, monkeypatch):
+def test_a_description_is_whole(name, monkeypatch):
+  """Its braces close and the fields of all cards are there, once; XLA does not read it here."""
   seen = []
 
   def recorded(**asked):

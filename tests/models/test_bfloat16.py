@@ -14,19 +14,22 @@ import optax
 import pytest
 
 from configs import presets
+from crn_jax.methods.base import TrainState
 from crn_jax.models import crn
 from crn_jax.models.backbones import registry
 from tests import tiny_model as tiny
 from tests import tiny_towers
 
 # What computes in `model.dtype`, by the names of its modules in a traced program.
-BLOCKS = ("backbone", "encoder")
+BLOCKS = ("backbone", "image/encoder", "text/encoder", "patch_embed")
 # They move numbers, or round them once.
 MOVES = {
   "convert_element_type", "reshape", "broadcast_in_dim", "slice", "concatenate", "squeeze", "pad",
   "transpose",
 }  # fmt: skip
-SUMS = {"reduce_sum", "reduce_window_sum", "scatter-add", "cumsum", "reduce"}
+# Some hold the program of one addition, of scalars. Max-pooling's gradient is none of them: there a
+# position gets a sum of no more than the four windows that it is in.
+SUMS = {"reduce_sum", "reduce_window_sum", "reduce_window", "scatter-add", "cumsum", "reduce"}
 
 
 def equations(jaxpr):
@@ -35,14 +38,18 @@ def equations(jaxpr):
 
 
 def placed_equations(jaxpr, inside: str = ""):
-  """All of a program, each with the names of the modules that it belongs to."""
+  """All of a program, each with the names of the modules that it belongs to.
+
+  In the place of what only calls a program (jit, scan, remat ...) stand the equations of that one.
+  """
   for equation in jaxpr.eqns:
     modules = f"{inside}/{equation.source_info.name_stack}"
     inner_programs = list(_programs(equation.params.values()))
+    if equation.primitive.name in SUMS or not inner_programs:
+      yield equation, modules
+      continue
     for program in inner_programs:
       yield from placed_equations(program, modules)
-    if not inner_programs:
-      yield equation, modules
 
 
 def _programs(params):
@@ -62,15 +69,40 @@ def in_bfloat16(jaxpr):
   ]
 
 
+def sums(jaxpr):
+  """(name of the operation, its modules, dtype) of all that add up numbers along an axis."""
+  return [
+    (equation.primitive.name, modules, str(equation.outvars[0].aval.dtype))
+    for equation, modules in placed_equations(jaxpr)
+    if equation.primitive.name in SUMS
+  ]
+
+
+PRESETS = [name for name in presets.PRESETS if name not in presets.TOWER_PRESETS]
+# Methods whose towers are trained; and one that only sees their features.
+ON_TOWERS, ON_FEATURES = ["fine_tuning", "bank", "crn_towers"], "clip4cir"
+
+
 @functools.cache
-def update_of(preset: str):
-  """The program of an update in bfloat16."""
-  config = tiny.config(preset)
+def update_of(name: str):
+  """The program of an update in bfloat16; of a preset, or of a method on towers."""
+  tx = optax.sgd(1.0)
+  if name in PRESETS:
+    config = tiny.config(name)
+    method, batch = tiny.model(config), tiny.batch(config, 2)
+  else:
+    method = tiny_towers.method(name)
+    config = method.config
+    if tiny_towers.registry.uses_features(name):
+      batch = method.abstract_batch(2, 8)
+    else:
+      words = tiny_towers.ids(2)
+      batch = dict.fromkeys(("reference", "target"), tiny_towers.pictures(2))
+      batch |= {"tokens": words, "token_mask": words > 0}
   config.model.dtype = "bfloat16"
-  method, tx = tiny.model(config), optax.sgd(1.0)
-  state = jax.eval_shape(lambda: tiny.state(config, tx))
+  state = jax.eval_shape(lambda: TrainState.create(method.init(jax.random.key(0)), tx))
   step = jax.make_jaxpr(lambda state, batch: method.train_step(tx, state, batch))
-  return step(state, tiny.batch(config, 2)).jaxpr
+  return step(state, batch).jaxpr
 
 
 @functools.cache
@@ -91,13 +123,49 @@ def gradient_of_towers(pooling: str):
   return jax.make_jaxpr(jax.grad(loss))(params).jaxpr
 
 
-PRESETS = [name for name in presets.PRESETS if name not in presets.TOWER_PRESETS]
+_add = {
+  "reduce_sum": lambda x: jax.lax.reduce_sum(x, (0,)),
+  "reduce": lambda x: jax.lax.reduce(x, jnp.zeros((), x.dtype), lambda a, b: (a + b) * 1, (0,)),
+  "reduce_window_sum": lambda x: jax.lax.reduce_window(
+    x, np.zeros((), x.dtype), jax.lax.add, (2, 1), (2, 1), "valid"
+  ),
+  "reduce_window": lambda x: jax.lax.reduce_window(
+    x, np.zeros((), x.dtype), lambda a, b: (a + b) * 1, (2, 1), (2, 1), "valid"
+  ),
+  "scatter-add": jax.grad(lambda x: jnp.sum(x[jnp.asarray([0, 2, 0])].astype(jnp.float32))),
+  "cumsum": lambda x: jax.lax.cumsum(x, 0),
+}
+_call = {
+  "nothing": lambda f: f,
+  "jit": jax.jit,
+  "remat2": jax.checkpoint,
+  "scan": lambda f: lambda x: jax.lax.scan(lambda carry, _: (carry, f(x)), x, length=2),
+  "cond": lambda f: lambda x: jax.lax.cond(x[0, 0] > 0, f, f, x),
+}
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_only_the_blocks_of_backbones_compute_in_bfloat16(preset):
-  """Neither head, text encoder, composition, relation and losses do, nor any of their gradients."""
-  found = in_bfloat16(update_of(preset))
+@pytest.mark.parametrize("call", _call)
+@pytest.mark.parametrize("name", _add)
+def test_sums_are_found(name, call):
+  """Each of the operations, also in what calls it, by the dtype of its result."""
+  assert set(_add) == SUMS
+  for dtype in (jnp.bfloat16, jnp.float32):
+    program = jax.make_jaxpr(_call[call](_add[name]))(jnp.ones((4, 3), dtype)).jaxpr
+    assert call in {"nothing", *(equation.primitive.name for equation in program.eqns)}
+    found = [kind for operation, _, kind in sums(program) if operation == name]
+    assert found == [str(jnp.dtype(dtype))] * (2 if call == "cond" else 1)
+    in_16_bits = {found for found, _ in in_bfloat16(program)}
+    assert (name in in_16_bits) == (dtype == jnp.bfloat16)
+    assert call not in in_16_bits
+
+
+@pytest.mark.parametrize("name", PRESETS + ON_TOWERS)
+def test_only_blocks_compute_in_bfloat16(name):
+  """Neither head, text encoder, composition, relation and losses do, nor any of their gradients.
+
+  Beside backbones those are the blocks of towers and what makes patches to tokens.
+  """
+  found = in_bfloat16(update_of(name))
   places = collections.Counter(any(name in modules for name in BLOCKS) for _, modules in found)
   assert places[True] > 50
   outside = [
@@ -108,27 +176,68 @@ def test_only_the_blocks_of_backbones_compute_in_bfloat16(preset):
   assert not outside
 
 
-@pytest.mark.parametrize("pooling", ["class_token", "attention"])
-def test_behind_their_blocks_towers_compute_in_float32(pooling):
+def test_nothing_on_features_computes_in_bfloat16():
+  program = update_of(ON_FEATURES)
+  assert not in_bfloat16(program)
+  assert any(equation.primitive.name == "dot_general" for equation in equations(program))
+
+
+# Module behind the blocks -> its products; of a pool: query, key and value, logits, what attention
+# gathers, what comes out of it, and two of an MLP.
+_PROJECTIONS = {"image_projection": 1, "text_projection": 1}
+
+
+@pytest.mark.parametrize(
+  ("pooling", "behind"),
+  [("class_token", _PROJECTIONS), ("attention", {"pool": 7, **_PROJECTIONS})],
+)
+def test_behind_their_blocks_towers_compute_in_float32(pooling, behind):
   """Pooling and projection: what images differ by may be less than 8 bits resolve."""
-  outside = [
+  program = gradient_of_towers(pooling)
+  products = collections.Counter(
+    (module, str(equation.outvars[0].aval.dtype))
+    for equation, modules in placed_equations(program)
+    for module in behind
+    if equation.primitive.name == "dot_general" and module in modules.split("/")
+  )
+  # Each has two more in its gradient.
+  assert products == {(module, "float32"): 3 * count for module, count in behind.items()}
+  assert not [
     (name, modules)
-    for name, modules in in_bfloat16(gradient_of_towers(pooling))
-    if name in ("dot_general", "add", "mul") and any(x in modules for x in ("pool", "projection"))
+    for name, modules in in_bfloat16(program)
+    if name not in MOVES and not set(behind).isdisjoint(modules.split("/"))
   ]
-  assert not outside
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_no_update_sums_in_bfloat16(preset):
+@pytest.mark.parametrize("name", [*PRESETS, *ON_TOWERS, ON_FEATURES])
+def test_no_update_sums_in_bfloat16(name):
   """Of thousands of rows such a sum stands still: so do biases. Products sum in float32 anyway."""
-  assert not [found for found in in_bfloat16(update_of(preset)) if found[0] in SUMS]
+  found = sums(update_of(name))
+  assert ("reduce_sum", "float32") in {(operation, dtype) for operation, _, dtype in found}
+  assert not [each for each in found if each[2] == "bfloat16"]
 
 
 @pytest.mark.parametrize("pooling", ["class_token", "attention"])
 def test_no_gradient_of_towers_sums_in_bfloat16(pooling):
   """Of biases, position tables, class token and word table."""
-  assert not [found for found in in_bfloat16(gradient_of_towers(pooling)) if found[0] in SUMS]
+  found = sums(gradient_of_towers(pooling))
+  assert {"reduce_sum", "scatter-add"} <= {operation for operation, _, _ in found}
+  assert not [each for each in found if each[2] == "bfloat16"]
+
+
+@pytest.mark.parametrize(
+  ("name", "module"),
+  [("crn", "backbone"), ("crn", "Branch.encode_text"), ("tirg", "Single"), ("bank", "text")],
+)
+def test_gradients_of_tables_are_summed_in_float32(name, module):
+  """A word's row is added to by all its places, that of a relative position by all windows."""
+  found = [
+    dtype
+    for operation, modules, dtype in sums(update_of(name))
+    if operation == "scatter-add" and any(module in part for part in modules.split("/"))
+  ]
+  assert found
+  assert set(found) == {"float32"}
 
 
 def test_what_transformer_blocks_add_to_is_float32():
