@@ -32,8 +32,8 @@ _SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4,
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z\-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 
-# A rough idea of a large card: bytes and floating point operations a second that kernels reach, and
-# seconds before one does anything.
+# A rough idea of a large card: bytes and floating point operations a second that kernels reach
+# (of bfloat16; float32 takes longer), and seconds before one does anything.
 _BANDWIDTH, _PRODUCTS, _START = 3e12, 6e14, 2e-6
 
 
@@ -99,7 +99,7 @@ def computations(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def kernels(text: str) -> list[Kernels]:
-  """Everything that a compiled program launches; the body of a loop as often as it runs."""
+  """What a compiled program launches: a loop's body as often as it runs, no conditions."""
   found, entry = computations(text)
   out, waiting = [], [(entry, 1)]
   while waiting:
@@ -179,6 +179,7 @@ def compiled(config, card: str) -> tuple[dict, str]:
     "compile_seconds": time.perf_counter() - lowered_at,
     # Without that of the assembler of NVIDIA, which is a process of its own.
     "compile_processor_seconds": time.process_time() - processor,
+    # The state is updated in place.
     "state_gib": memory.alias_size_in_bytes / 2**30,
     "temporaries_gib": memory.temp_size_in_bytes / 2**30,
   }, program.as_text()

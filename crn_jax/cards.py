@@ -69,7 +69,8 @@ COMPILER_OPTIONS = {"xla_gpu_enable_triton_gemm": False}
 def device(name: str) -> jax.Device:
   """A device that programs can be compiled for, but that holds and computes nothing.
 
-  To be called before JAX computes anything, if the machine has no GPU.
+  To be called before JAX computes anything, if the machine has no GPU: it tells the plugin, in the
+  environment, to do without a driver.
 
   Args:
     name: of `NAMES`.

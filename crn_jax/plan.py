@@ -21,7 +21,7 @@ from crn_jax.parallel import AXIS, DataParallel
 # costs word_dim parameters a branch.
 VOCABULARY = 5_000
 
-CARDS = (16, 24, 40, 80)  # GiB.
+CARD_SIZES = (16, 24, 40, 80)  # GiB.
 # Part of a card's memory that JAX takes by default, and that it may be told to take.
 _SHARE, _LARGEST_SHARE = 0.75, 0.95
 _VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
@@ -70,14 +70,14 @@ class Needs:
 
   def to_json(self) -> dict:
     fields = dataclasses.asdict(self)
-    fits = {f"{gib} GiB": self.fits(gib) for gib in CARDS}
+    fits = {f"{gib} GiB": self.fits(gib) for gib in CARD_SIZES}
     return fields | {"images": 2 * self.batch_size, "total": self.total, "cards": fits}
 
   def to_text(self) -> str:
     """A table for people to read."""
     triplets = self.batch_size
     lines = [
-      f"{self.name}: {triplets} triplets ({2 * triplets} images) a step on one device",
+      f"{self.name}: {triplets} triplets ({2 * triplets} images) a step on one {self.device}",
       "",
       f"parameters{sum(self.parameters.values()):>22,}"
       f"    {', '.join(f'{part} {n:,}' for part, n in self.parameters.items())}",
@@ -88,14 +88,15 @@ class Needs:
       f"  {'all':<20}{self.total / 2**30:>10.3f}",
       "",
       "fits a card of",
-      *(f"  {gib:>3} GiB  {self.fits(gib)}" for gib in CARDS),
+      *(f"  {gib:>3} GiB  {self.fits(gib)}" for gib in CARD_SIZES),
       f"less memory: {'; '.join(self.smaller)}",
       "",
       f"{self.vocabulary:,} words are assumed: the data were not read.",
     ]
     if self.platform == "cpu":
       lines.append(
-        "The temporaries are those of XLA's program for a CPU, and only a hint: a GPU's differ."
+        "The temporaries are those of XLA's program for a CPU, and only a hint: a GPU's differ. "
+        "--card=h100 compiles for one."
       )
     return "\n".join(lines)
 
@@ -108,7 +109,7 @@ def plan(
   Args:
     config: the configuration.
     card: a GPU of `cards.NAMES` that need not be there; None: the device at hand.
-    as_json: what it says.
+    as_json: JSON instead of a table.
 
   Raises:
     UserError: on a bad configuration or card.

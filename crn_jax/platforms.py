@@ -11,7 +11,10 @@ _traced_for = contextvars.ContextVar("platform", default=None)
 
 @contextlib.contextmanager
 def tracing_for(device: jax.Device) -> Iterator[None]:
-  """What is traced here is for the device's platform, whatever the machine has."""
+  """What is traced here is for the device's platform, whatever the machine has.
+
+  For functions that were not traced for another platform before: JAX keeps what it traced.
+  """
   token = _traced_for.set(device.platform)
   try:
     yield

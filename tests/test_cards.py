@@ -73,8 +73,13 @@ def test_a_step_is_planned_for_a_card(monkeypatch):
   monkeypatch.setattr(
     jax.stages.Lowered, "compile", lambda self, o=None: used.append(o) or compiled(self, o)
   )
+  traced_for, tracing_for = [], platforms.tracing_for
+  monkeypatch.setattr(
+    platforms, "tracing_for", lambda device: traced_for.append(device) or tracing_for(device)
+  )
   found = plan.create(tiny_model.config(), "rtx4090")
   assert asked == ["rtx4090"]
+  assert traced_for == [jax.devices()[1]]
   assert used == [cards.COMPILER_OPTIONS]
   assert found.memory["temporaries"] > found.memory["batch"]
 
@@ -87,5 +92,6 @@ def test_the_program_of_a_card_is_counted(monkeypatch):
   config.name = "tiny"
   found, text = gpu_program.compiled(config, "h100")
   assert found["batch_size"] == config.batch_size
-  assert found["tflop_per_step"] > 0 < found["stablehlo_lines"]
+  assert found["tflop_per_step"] > 0
+  assert found["stablehlo_lines"] > 0
   assert sum(x.launches for x in gpu_program.kernels(text)) > 0

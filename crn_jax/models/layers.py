@@ -92,9 +92,10 @@ class BatchNorm(nn.Module):
       if update_stats and not self.is_initializing():
         mean_ra = 0.9 * mean_ra + 0.1 * mean
         var_ra = 0.9 * var_ra + 0.1 * var * (n / jnp.maximum(n - 1.0, 1.0))
-        for norm, *moved in zip(norms, split(mean_ra, widths), split(var_ra, widths), strict=True):
-          norm.put_variable("batch_stats", "mean", moved[0])
-          norm.put_variable("batch_stats", "var", moved[1])
+        means, variances = split(mean_ra, widths), split(var_ra, widths)
+        for norm, new_mean, new_var in zip(norms, means, variances, strict=True):
+          norm.put_variable("batch_stats", "mean", new_mean)
+          norm.put_variable("batch_stats", "var", new_var)
     else:
       mean, var = mean_ra, var_ra
     y = (x - mean) * (scale / jnp.sqrt(var + 1e-5)) + bias
@@ -202,7 +203,8 @@ def convolve(unit: ConvUnit, x: jax.Array) -> jax.Array:
 
 
 def normalised_relu(units: Sequence[ConvUnit], x: jax.Array, mask, **mode) -> jax.Array:
-  """BatchNorm and ReLU of units whose channels follow each other in x."""
+  """BatchNorm (`mode`: its `train`, `update_stats`) and ReLU of units whose channels follow each
+  other in x."""
   first, *others = units
   return nn.relu(first.bn(x, mask, others=[(unit.bn, unit.features) for unit in others], **mode))
 
@@ -303,20 +305,20 @@ def inception(
   def of(*names):
     return [unit[name] for name in names for unit in units]
 
-  def each(x):
-    return jnp.split(x, len(modules), axis=-1)
+  def each(value):
+    return jnp.split(value, len(modules), axis=-1)
 
-  def wide(name, x):
-    return [convolve(unit, part) for unit, part in zip(of(name), each(x), strict=True)]
+  def wide(name, value):
+    return [convolve(unit, part) for unit, part in zip(of(name), each(value), strict=True)]
 
-  def activated(units, *parts):
-    return normalised_relu(units, jnp.concatenate(parts, axis=-1), mask, **mode)
+  def activated(group, *parts):
+    return normalised_relu(group, jnp.concatenate(parts, axis=-1), mask, **mode)
 
   hidden, direct, averaged = of("branch1_0", "branch2_0"), of("branch0"), of("branch3")
   products = pointwise([*hidden, *direct, *averaged], x)
   widths = [sum(unit.features for unit in group) for group in (hidden, direct, averaged)]
-  x, branch_0, branch_3 = split(products, widths)
-  x_1, x_2 = jnp.split(masked(activated(hidden, x), mask), 2, axis=-1)
+  hidden_products, branch_0, branch_3 = split(products, widths)
+  x_1, x_2 = jnp.split(masked(activated(hidden, hidden_products), mask), 2, axis=-1)
   x_2 = masked(activated(of("branch2_1"), *wide("branch2_1", x_2)), mask)
   branches = {
     "branch0": each(branch_0),

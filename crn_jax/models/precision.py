@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 
 def at_least_float32(dtype) -> jnp.dtype:
-  """Of what stands behind blocks of a dtype."""
+  """The dtype of what stands behind blocks that compute in `dtype`."""
   return jnp.promote_types(dtype, jnp.float32)
 
 

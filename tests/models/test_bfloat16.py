@@ -15,7 +15,7 @@ import pytest
 
 from configs import presets
 from crn_jax.methods.base import TrainState
-from crn_jax.models import crn
+from crn_jax.models import crn, precision
 from crn_jax.models.backbones import registry
 from tests import tiny_model as tiny
 from tests import tiny_towers
@@ -312,3 +312,9 @@ def test_attention_logits_are_summed_in_float32(kind, dtype, logits):
   expected[dtype] += attentions
   expected["float32"] += 2  # The composition's, which is float32 in all of it.
   assert results == expected
+
+
+def test_numbers_that_came_out_otherwise_have_another_name():
+  """Features and indexes of float32 stay good; those of bfloat16 are of before all this."""
+  assert precision.numerics("float32") == "float32"
+  assert precision.numerics("bfloat16") not in ("float32", "bfloat16")

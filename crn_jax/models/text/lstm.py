@@ -101,8 +101,8 @@ def _backward(saved, of_hidden):
   nothing = jnp.zeros_like(hidden[0]), jnp.zeros_like(cells[0])
   _, of_gates = jax.lax.scan(step, nothing, (of_hidden, gates, cells), reverse=True)
   before = jnp.concatenate([jnp.zeros_like(hidden[:1]), hidden[:-1]])
-  rows = [x.reshape(-1, x.shape[-1]) for x in (before, of_gates)]
-  return of_gates, rows[0].T @ rows[1], jnp.sum(rows[1], 0)
+  before, rows = (x.reshape(-1, x.shape[-1]) for x in (before, of_gates))
+  return of_gates, before.T @ rows, jnp.sum(rows, 0)
 
 
 lstm.defvjp(_forward, _backward)
