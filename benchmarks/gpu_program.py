@@ -27,8 +27,11 @@ _HLO = flags.DEFINE_string("hlo", None, "File for the text of the compiled progr
 
 # Operations of a scheduled program that start a kernel, or a call of a library.
 _LAUNCHED = ("fusion", "custom-call", "copy", "sort", "scatter")
-# Not s8: so cuBLAS takes its workspace.
-_SIZES = {"pred": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+# s8 is what cuBLAS takes its workspace as, not read or written by itself.
+_SIZES = {
+  "s8": 0, "token": 0, "pred": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4,
+  "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
+}  # fmt: skip
 _INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (\(.*?\)|\S+) ([a-z\-]+)\((.*)")
 _COMPUTATION = re.compile(r"(ENTRY )?%([\w.\-]+) \(.*\{$")
 
@@ -56,7 +59,7 @@ class Instruction:
   @property
   def size(self) -> int:
     """Bytes of the result."""
-    return sum(_SIZES.get(dtype, 0) * math.prod(sides) for dtype, sides in self.arrays)
+    return sum(_SIZES[dtype] * math.prod(sides) for dtype, sides in self.arrays)
 
   @property
   def kind(self) -> str:

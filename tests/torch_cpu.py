@@ -5,10 +5,12 @@ and fails on two of them that no test uses; declaring them is enough. Where torc
 to declare them again would end the process.
 """
 
+import importlib
+
 import torch
 
 try:
-  import torchvision  # noqa: F401
+  importlib.import_module("torchvision")
 except RuntimeError:
   _library = torch.library.Library("torchvision", "DEF")
   for _name in ("nms", "qnms"):
