@@ -125,6 +125,10 @@ def _run(mode: str) -> str:
     from crn_jax.input_pipeline import prepare
 
     configuration.check(config)
+    if config.data.prepared:
+      from crn_jax.methods import registry
+
+      registry.create(config, vocab_size=1)  # Refuses images that are not resized as it wants them.
     return prepare.prepare(config, functools.partial(pretrained.new_tokenizer, config))
   from crn_jax import compilation_cache
 

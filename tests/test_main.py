@@ -100,6 +100,18 @@ class TestOneLine:
       assert sum(name in line for line in error.splitlines()) == 1, name
     assert not list(tmp_path.iterdir())
 
+  def test_what_no_model_would_read_is_not_prepared(self, tmp_path):
+    config = tmp_path / "cropped.py"
+    config.write_text(
+      "from configs import demo\n\n\ndef get_config():\n  config = demo.get_config('clip4cir')\n"
+      "  config.data.max_ratio = None\n  return config\n"
+    )
+    options = (f"--config={config}", "--mode=prepare", "--config.data.prepared=prepared")
+    status, out, error = finished(start(*options, folder=tmp_path))
+    assert (status, out) == (1, "")
+    assert "error: data.prepared: prepared images are resized bilinear, this" in error
+    assert {path.name for path in tmp_path.iterdir()} <= {config.name, "__pycache__"}
+
   def test_help_needs_no_configuration(self, tmp_path):
     status, out, _ = finished(start("--help", folder=tmp_path))
     assert status in (0, 1)  # absl's is 1.
