@@ -3,27 +3,40 @@
 A module's `init` runs the model, so that its program holds the forward pass beside a random number
 generator for every parameter: at full size half a minute of compilation. Here `init` is only
 traced. Each parameter's computation, from its PRNG key to its value, is cut out of the trace;
-parameters drawn alike share a program, which leaves a few dozen small ones to compile. Nine tenths
-of such a program make random bits: they are cut off, too, and made by one program for all. The
-values are those of `jax.jit(init)`, bit by bit.
+parameters drawn alike share a program, which leaves a few dozen small ones to compile. The values
+are those of `jax.jit(init)`, bit by bit.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import functools
+import gc
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
-from jax.extend import random as threefry
 
-# Random bits are made in pieces of so many numbers of 32 bits.
-_PIECE = 2**20
+from crn_jax import threefry
 
 
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+  """A trace is of very many objects, nearly all of which stay: not worth looking through them."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
+
+
+@_without_garbage_collection()
 def draw(init: Callable, key: jax.Array, *, without: tuple[str, ...] = ()) -> Any:
   """`jax.jit(init)(key)`, compiled faster.
 
@@ -35,18 +48,27 @@ def draw(init: Callable, key: jax.Array, *, without: tuple[str, ...] = ()) -> An
   Returns:
     The tree; a leaf that is not drawn is a `jax.ShapeDtypeStruct`.
   """
+  key = threefry.unrolled(key)
   traced, shapes = jax.make_jaxpr(init, return_shape=True)(key)
   paths, tree = jax.tree.flatten_with_path(shapes)
   makers = {variable: i for i, eqn in enumerate(traced.jaxpr.eqns) for variable in eqn.outvars}
-  drawn = {
-    i: _Drawn.cut(traced.jaxpr, makers, traced.jaxpr.outvars[i])
-    for i, (path, _) in enumerate(paths)
-    if not any(getattr(entry, "key", None) in without for entry in path)
-  }
-  given = _given(traced, makers, {v for d in drawn.values() for v in d.given}, key)
-  programs = _compile({d.text: (d, [given[v] for v in d.given]) for d in drawn.values()})
-  values = {i: programs[d.text](*(given[v] for v in d.given)) for i, d in drawn.items()}
-  return jax.tree.unflatten(tree, [values.get(i, shape) for i, (_, shape) in enumerate(paths)])
+  alike = collections.defaultdict(dict)
+  for i, (path, _) in enumerate(paths):
+    if not any(getattr(entry, "key", None) in without for entry in path):
+      drawn = _Drawn.cut(traced.jaxpr, makers, traced.jaxpr.outvars[i])
+      alike[drawn.text][i] = drawn
+  # What takes longest to run is compiled first, and runs while the others are compiled.
+  alike = sorted(alike.values(), key=lambda group: -sum(drawn.size for drawn in group.values()))
+  leaves = [shape for _, shape in paths]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    # XLA compiles outside Python's lock.
+    programs = pool.map(lambda group: next(iter(group.values())).program(), alike)
+    wanted = {v for group in alike for drawn in group.values() for v in drawn.given}
+    given = _given(traced, makers, list(wanted), key)
+    for program, group in zip(programs, alike, strict=True):
+      for i, drawn in group.items():
+        [leaves[i]] = program(*(given[v] for v in drawn.given))
+  return jax.tree.unflatten(tree, leaves)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,107 +77,46 @@ class _Drawn:
 
   Attributes:
     jaxpr: the computation.
-    given: variables of the whole trace that it starts from: keys, mostly one; constants.
     text: the computation as text; equal for parameters of one shape that are drawn alike.
   """
 
   jaxpr: core.Jaxpr
-  given: tuple
   text: str
 
   @classmethod
   def cut(cls, whole: core.Jaxpr, makers: dict, value) -> "_Drawn":
     given, eqns = _needed(whole, makers, [value], stop=_is_key)
-    jaxpr = whole.replace(constvars=[], invars=list(given), outvars=[value], eqns=eqns)
-    return cls(jaxpr, given, str(jaxpr))
+    jaxpr = whole.replace(constvars=[], invars=given, outvars=[value], eqns=eqns)
+    return cls(jaxpr, str(jaxpr))
+
+  @property
+  def given(self) -> list:
+    """Variables of the whole trace that it starts from: keys, mostly one; constants."""
+    return self.jaxpr.invars
+
+  @property
+  def size(self) -> int:
+    """How many numbers the value has."""
+    return math.prod(self.jaxpr.outvars[0].aval.shape)
+
+  def program(self) -> Callable[..., list[jax.Array]]:
+    """Values of what is given -> [the value]; compiled."""
+    number = self._everywhere()
+    if number is not None:
+      value = self.jaxpr.outvars[0].aval
+      return lambda: [jnp.array(np.full(value.shape, number, value.dtype))]
+    given = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in self.given]
+    return jax.jit(core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, []))).lower(*given).compile()
+
+  def _everywhere(self) -> Any | None:
+    """The number that all of the value is, as where it begins with zeros: nothing to compile."""
+    eqns = self.jaxpr.eqns
+    if len(eqns) == 1 and eqns[0].primitive.name == "broadcast_in_dim":
+      return getattr(eqns[0].invars[0], "val", None)  # Only a literal has a value.
+    return None
 
 
-@dataclasses.dataclass(frozen=True)
-class _Program:
-  """Values drawn alike.
-
-  Attributes:
-    compiled: takes what is given, and the pieces of bits of each draw.
-    draws: of each draw of random bits the position of its key in what is given, and the shape.
-  """
-
-  compiled: jax.stages.Compiled
-  draws: tuple[tuple[int, tuple[int, ...]], ...]
-
-  def __call__(self, *given: jax.Array) -> jax.Array:
-    pieces = [
-      [_piece(given[i], first) for first in range(0, math.prod(shape), _PIECE)]
-      for i, shape in self.draws
-    ]
-    return self.compiled(given, pieces)
-
-
-@jax.jit
-def _piece(key: jax.Array, first: int) -> jax.Array:
-  """Numbers `first` to `first + _PIECE` of `jax.random.bits(key, shape)`, flat, for any shape.
-
-  A number depends on the key and its place alone ("partitionable" random numbers, JAX's default).
-  """
-  place = jnp.asarray(first, jnp.uint32) + jnp.arange(_PIECE, dtype=jnp.uint32)
-  high, low = threefry.threefry_2x32(
-    jax.random.key_data(key), jnp.stack([jnp.zeros_like(place), place])
-  )
-  return high ^ low
-
-
-def _in_pieces(eqn, given: list) -> bool:
-  """Whether an operation makes random bits that `_piece` can make instead."""
-  return (
-    eqn.primitive.name == "random_bits"
-    and eqn.invars[0] in given
-    and str(eqn.invars[0].aval) == "key<fry>[]"
-    and eqn.params["bit_width"] == 32
-    and jax.config.jax_threefry_partitionable
-  )
-
-
-def _lower(drawn: _Drawn, arguments: list) -> tuple[jax.stages.Lowered, tuple]:
-  """See `_Program`, whose `draws` are second."""
-  flat = jax.make_jaxpr(functools.partial(_evaluate, drawn.jaxpr))(*arguments)
-  given = flat.jaxpr.invars
-  bits = [eqn for eqn in flat.jaxpr.eqns if _in_pieces(eqn, given)]
-  rest = flat.jaxpr.replace(
-    invars=[*given, *(eqn.outvars[0] for eqn in bits)],
-    eqns=[eqn for eqn in flat.jaxpr.eqns if eqn not in bits],
-  )
-  draws = tuple((given.index(eqn.invars[0]), tuple(eqn.params["shape"])) for eqn in bits)
-
-  def value(given, pieces):
-    drawn_bits = [
-      jnp.concatenate(parts)[: math.prod(shape)].reshape(shape)
-      for parts, (_, shape) in zip(pieces, draws, strict=True)
-    ]
-    return core.jaxpr_as_fun(core.ClosedJaxpr(rest, flat.consts))(*given, *drawn_bits)[0]
-
-  piece = jax.ShapeDtypeStruct((_PIECE,), jnp.uint32)
-  pieces = [[piece] * math.ceil(math.prod(shape) / _PIECE) for _, shape in draws]
-  return jax.jit(value).lower(tuple(arguments), pieces), draws
-
-
-def _evaluate(jaxpr: core.Jaxpr, *arguments) -> list:
-  """Its results; what it calls is evaluated in its place, so that no operation lies in a call."""
-  known = dict(zip(jaxpr.invars, arguments, strict=True))
-
-  def values(variables):
-    return [v.val if isinstance(v, core.Literal) else known[v] for v in variables]
-
-  for eqn in jaxpr.eqns:
-    if eqn.primitive.name == "jit" and not eqn.params["jaxpr"].consts:
-      outputs = _evaluate(eqn.params["jaxpr"].jaxpr, *values(eqn.invars))
-    else:
-      inputs = list({v: None for v in eqn.invars if not isinstance(v, core.Literal)})
-      alone = jaxpr.replace(constvars=[], invars=inputs, outvars=eqn.outvars, eqns=[eqn])
-      outputs = core.jaxpr_as_fun(core.ClosedJaxpr(alone, []))(*values(inputs))
-    known.update(zip(eqn.outvars, outputs, strict=True))
-  return values(jaxpr.outvars)
-
-
-def _needed(whole: core.Jaxpr, makers: dict, values: list, stop: Callable) -> tuple[tuple, list]:
+def _needed(whole: core.Jaxpr, makers: dict, values: list, stop: Callable) -> tuple[list, list]:
   """Variables where the computation of values starts, and its equations in order.
 
   Args:
@@ -174,26 +135,16 @@ def _needed(whole: core.Jaxpr, makers: dict, values: list, stop: Callable) -> tu
     elif makers[variable] not in numbers:
       numbers.add(makers[variable])
       open_ += whole.eqns[makers[variable]].invars
-  return tuple(given), [whole.eqns[i] for i in sorted(numbers)]
+  return list(given), [whole.eqns[i] for i in sorted(numbers)]
 
 
-def _given(traced: core.ClosedJaxpr, makers: dict, wanted: set, key: jax.Array) -> dict:
+def _given(traced: core.ClosedJaxpr, makers: dict, wanted: list, key: jax.Array) -> dict:
   """Values of what all drawing starts from; evaluated one operation after another, as they are
   hundreds of equal small ones."""
-  whole, wanted = traced.jaxpr, list(wanted)
-  _, eqns = _needed(whole, makers, wanted, stop=lambda variable: False)
-  part = whole.replace(outvars=wanted, eqns=eqns)
-  return dict(
-    zip(wanted, core.jaxpr_as_fun(core.ClosedJaxpr(part, traced.consts))(key), strict=True)
-  )
-
-
-def _compile(programs: dict[str, tuple[_Drawn, list]]) -> dict[str, _Program]:
-  lowered = [_lower(drawn, arguments) for drawn, arguments in programs.values()]
-  # XLA compiles outside Python's lock.
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    compiled = pool.map(lambda program: _Program(program[0].compile(), program[1]), lowered)
-    return dict(zip(programs, compiled, strict=True))
+  _, eqns = _needed(traced.jaxpr, makers, wanted, stop=lambda variable: False)
+  part = traced.jaxpr.replace(outvars=wanted, eqns=eqns)
+  values = core.jaxpr_as_fun(core.ClosedJaxpr(part, traced.consts))(key)
+  return dict(zip(wanted, values, strict=True))
 
 
 def _is_key(variable) -> bool:
