@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 
+from crn_jax import background
 from crn_jax.errors import UserError
 
 # Seconds to wait for the other processes at the start.
@@ -175,44 +176,53 @@ def join(place: Place, again: str, wait: int = WAIT) -> None:
 
 @contextlib.contextmanager
 def leaving_together() -> Iterator[None]:
-  """Context of a program: one that has joined others and fails does not wait for them.
+  """Context of a program: one that fails waits neither for others nor for its own threads.
 
-  By default a process would wait for the others before it ends, and they for it in the next
-  collective operation. Without `join` this does nothing.
+  By default a process that has joined others would wait for them before it ends, and they for it in
+  the next collective operation; and one that compiles in the background until that is done. A
+  process that does neither is left alone.
   """
   try:
     yield
   except BaseException as error:
-    if _joined is None:
+    if _joined is None and not background.under_way():
       raise
     _leave(error)
 
 
 def _leave(error: BaseException) -> None:
-  """Says what was wrong and ends the process."""
-  from jax._src.distributed import global_state  # There is no public way to it.
-
+  """Says what was wrong and ends the process, as Python would."""
   status, text = 1, None
   if isinstance(error, SystemExit):
     status, text = (
       (error.code or 0, None) if isinstance(error.code, int | None) else (1, error.code)
     )
-  elif _LOST.search(str(error)):
+  elif _joined is not None and _LOST.search(str(error)):
     # The cause, too: a network that cannot be set up reads alike, in all processes.
     text = f"{type(error).__name__}: {error}\nerror: {_joined.last_words}"
   else:
     traceback.print_exception(error)
   if text is not None:
     print(text, file=sys.stderr)
+  if _joined is not None:
+    _say_farewell()
+  sys.stdout.flush()
+  sys.stderr.flush()
+  if isinstance(error, KeyboardInterrupt):  # By the signal, for a shell to know.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
+  os._exit(status)
+
+
+def _say_farewell() -> None:
+  """Lets others who leave for the same reason do so without being told that another has ended."""
+  from jax._src.distributed import global_state  # There is no public way to it.
+
   _joined.last_words = ""
   with contextlib.suppress(Exception):
-    # Those who leave for the same reason do so without being told that another has ended.
     global_state.client.wait_at_barrier("crn_jax/leaving", 1000 * _FAREWELL)
     if global_state.process_id == 0:
       time.sleep(1)  # It answers the others.
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(status)
 
 
 def _reach(place: Place, wait: int) -> None:

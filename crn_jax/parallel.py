@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from crn_jax import background
 from crn_jax.errors import UserError
 
 # Name of the axis that per-device code reduces and gathers over.
@@ -86,6 +87,33 @@ class DataParallel:
 
     return jax.jit(mapped, donate_argnums=donate)
 
+  def compile_ahead(self, mapped: Callable, replicated, *sharded) -> Callable:
+    """A function as from `map`, compiled in a thread from now on; a call waits for it.
+
+    pmap, which cannot be compiled for shapes in all its uses, is left to compile when it is called.
+
+    Args:
+      mapped: the function.
+      replicated: shapes and dtypes of what `replicate` will place.
+      *sharded: of what `shard` will place, rows of all processes together.
+
+    Returns:
+      The same function; what goes wrong in the thread is raised by a call.
+    """
+    if self.mode == "pmap":
+      return mapped
+    arguments = (
+      self._abstract(replicated, P()),
+      *(self._abstract(tree, P(AXIS)) for tree in sharded),
+    )
+    compiling = background.start(lambda: mapped.lower(*arguments).compile())
+
+    def waiting(*args):
+      compiling.result()
+      return mapped(*args)  # JAX finds the program by the function and the arguments' shapes.
+
+    return waiting
+
   def replicate(self, tree):
     """Host tree, equal in all processes -> one copy a device."""
     if self.mode == "shard_map":
@@ -128,6 +156,10 @@ class DataParallel:
     if not has_room(device, sum(x.nbytes for x in leaves)):
       return self.fetch(tree)
     return _copy_row(one) if self.mode == "pmap" else _copy(one)
+
+  def _abstract(self, tree, spec: P):
+    sharding = NamedSharding(self._mesh, spec)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
   @property
   def _mesh(self) -> Mesh:

@@ -6,7 +6,7 @@ import functools
 import os
 import pathlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import ml_collections
@@ -35,7 +35,7 @@ from crn_jax.methods import optimizer, registry
 from crn_jax.methods.base import Method, TrainState
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import AXIS, DataParallel, is_primary
-from crn_jax.reports import report, tables
+from crn_jax.reports import tables
 from crn_jax.reports.results import Results
 from crn_jax.retrieval.encode import Encoder, picture_sizing
 from crn_jax.retrieval.features import FeatureEncoder, Features
@@ -252,6 +252,7 @@ class Training:
     pretrained.save(self.config, fields[params][part]["encoder"], step, self.workdir, folder)
 
   def _run(self) -> str:
+    train_step = self._train_step()
     with contextlib.ExitStack() as opened:
       checkpoints = processes.primary_first(
         lambda told: opened.enter_context(
@@ -271,7 +272,7 @@ class Training:
       if start == self.plan.total_steps:  # The run was complete already.
         evaluation = self._evaluate(placed, start)
       else:
-        placed, evaluation = self._steps(placed, start, checkpoints)
+        placed, evaluation = self._steps(train_step, placed, start, checkpoints)
       processes.on_primary(lambda: checkpoints.require(self.plan.total_steps))
       results = evaluation.results
       if is_primary():
@@ -305,13 +306,19 @@ class Training:
       checkpoints.check_space(initial)
     return initial
 
+  def _train_step(self) -> Callable:
+    """The training step, which is being compiled while its arguments are read and placed."""
+    done = max(checkpoint.steps(self.workdir / "checkpoints"), default=0)
+    if done >= self.plan.total_steps:  # Only if that checkpoint turns out to be damaged.
+      return training_step.compiled(self.method, self.tx, self.parallel)
+    return training_step.compiled_ahead(self.method, self.tx, self.parallel, self.abstract_state)
+
   def _steps(
-    self, placed: TrainState, start: int, checkpoints: CheckpointReader
+    self, train_step: Callable, placed: TrainState, start: int, checkpoints: CheckpointReader
   ) -> tuple[TrainState, Evaluation]:
     """Steps start + 1 to the last: last state and evaluation."""
     plan, config = self.plan, self.config
     schedule = optimizer.learning_rate(config.optimizer, plan.steps_per_epoch, plan.total_steps)
-    train_step = training_step.compiled(self.method, self.tx, self.parallel)
     batches = self._batches(start)
     with (
       logs.Log(self.workdir, start) as log,
@@ -538,6 +545,8 @@ def conclude(encoder, variables, vocabulary, workdir, dataset, evaluation: Evalu
   results, config = evaluation.results, encoder.method.config
 
   def write():
+    from crn_jax.reports import report  # Late: matplotlib takes a second to import.
+
     written = report.write(config, workdir, results, evaluation.outcomes, shown, vocabulary)
     return "\n".join(
       [tables.results_as_text(results), "", "written:", *(f"  {path}" for path in written)]

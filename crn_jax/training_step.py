@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crn_jax.methods.base import Method
+from crn_jax.methods.base import Method, TrainState
 from crn_jax.methods.features import FeatureMethod
 from crn_jax.parallel import REPLICATED, DataParallel
 
@@ -24,6 +24,23 @@ def compiled(method: Method, tx: optax.GradientTransformation, parallel: DataPar
     return method.train_step(tx, state, batch)
 
   return parallel.map(method.precise(step), (REPLICATED, REPLICATED), donate_first=True)
+
+
+def compiled_ahead(
+  method: Method, tx: optax.GradientTransformation, parallel: DataParallel, like: TrainState
+) -> Callable:
+  """As `compiled`, which begins in a thread now; the first call waits for it.
+
+  Not where batches hold a table of features: its size is not known yet.
+
+  Args:
+    method, tx, parallel: see `compiled`.
+    like: shapes and dtypes of the state.
+  """
+  step = compiled(method, tx, parallel)
+  if isinstance(method, FeatureMethod):
+    return step
+  return parallel.compile_ahead(step, like, abstract_batch(method))
 
 
 # Images, and texts, of a training on features whose data are not known: about as many as FashionIQ

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from tests import tiny
+
 pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -79,3 +81,31 @@ def test_what_a_checkpoint_costs_is_measured(tmp_path):
     assert found[f"{name}_seconds"] > 0
   assert found["copied_on_device"]
   assert found["arrays"] > 100
+
+
+DRAWN = "from tests import tiny\n\n\ndef get_config():\n  return tiny.config({root!r})\n"
+
+
+def test_starting_is_measured(tmp_path):
+  """The second start finds what the first compiled."""
+  config = tmp_path / "tiny.py"
+  config.write_text(DRAWN.format(root=str(tiny.draw(tmp_path))))
+  env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+         "PYTHONPATH": str(ROOT)}  # fmt: skip
+  done = subprocess.run(
+    [sys.executable, str(ROOT / "benchmarks" / "start.py"), f"--config={config}"],
+    env=env, capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  found = json.loads(done.stdout)
+  assert found["first"]["processor_seconds"] > found["second"]["processor_seconds"] > 0
+  assert found["second"]["seconds"] > 0
+
+
+def test_a_start_that_fails_is_no_measurement(tmp_path):
+  done = subprocess.run(
+    [sys.executable, str(ROOT / "benchmarks" / "start.py"), f"--config={tmp_path / 'none.py'}"],
+    capture_output=True, text=True, check=False,
+  )  # fmt: skip
+  assert done.returncode == 1
+  assert "ended with status 1" in done.stderr

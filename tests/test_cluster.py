@@ -451,6 +451,39 @@ class TestPlace:
       cluster.join(cluster.Place(f"127.0.0.1:{port}", 2, 1), "AGAIN", wait=1)
 
 
+LEAVING = """
+import threading
+from crn_jax import background, cluster
+
+for work in {work}:
+  background.start(work)
+with cluster.leaving_together():
+  print("shown")
+  raise {error}
+"""
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "says"),
+  [
+    ("SystemExit('error: said')", 1, "error: said"),
+    ("SystemExit(143)", 143, ""),
+    ("SystemExit", 0, ""),
+    ("ValueError('wrong')", 1, "ValueError: wrong"),
+    ("KeyboardInterrupt", -signal.SIGINT, "KeyboardInterrupt"),
+  ],
+)
+def test_a_program_that_fails_does_not_wait_for_its_threads(error, status, says):
+  """It ends as one without threads."""
+  done = []
+  for work in ("[]", "[threading.Event().wait]"):
+    command = [sys.executable, "-c", LEAVING.format(work=work, error=error)]
+    done.append(subprocess.run(command, capture_output=True, text=True, timeout=60, check=False))
+  assert [p.returncode for p in done] == [status] * 2
+  assert [p.stdout for p in done] == ["shown\n"] * 2
+  assert [(p.stderr.splitlines() or [""])[-1] for p in done] == [says] * 2
+
+
 def test_temporary_names_do_not_depend_on_the_number_of_a_process(tmp_path):
   """On two machines it may be the same."""
   with files.replacing(tmp_path / "a") as first, files.replacing(tmp_path / "a") as second:

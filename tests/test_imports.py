@@ -18,11 +18,12 @@ ALLOWED = {
   "errors": set(),
   "compilation_cache": set(),
   "xla": set(),
-  "cluster": set(),
+  "background": set(),
+  "cluster": {"background"},
   "cards": set(),
   "platforms": set(),
   "models": {"platforms"},
-  "parallel": set(),
+  "parallel": {"background"},
   "processes": {"input_pipeline.dataset", "parallel", "workdir.run"},
   "workdir": {"parallel", "models.backbones.stacking"},
   "methods": {"models"},
@@ -116,3 +117,19 @@ def test_printing_results_starts_neither_jax_nor_tensorflow(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert "val_split, gallery 25" in done.stdout
+
+
+START = """
+import sys
+import main
+from crn_jax import train
+started = {"tensorflow", "matplotlib"} & set(sys.modules)
+sys.exit(f"started {started}" if started else 0)
+"""
+
+
+def test_a_training_imports_late_what_its_first_program_does_not_need():
+  done = subprocess.run(
+    [sys.executable, "-c", START], capture_output=True, text=True, check=False, cwd=PACKAGE.parent
+  )
+  assert done.returncode == 0, done.stderr

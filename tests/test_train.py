@@ -21,6 +21,7 @@ from crn_jax.workdir import checkpoint, history
 from crn_jax.workdir.interrupt import Interrupted
 from crn_jax.workdir.progress import Progress
 from tests import tiny
+from tests.test_training_step import Compiled, facts, first_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
 
@@ -39,7 +40,8 @@ def configured(root):
 
 @pytest.fixture(scope="module")
 def finished(quick_compile, root, tmp_path_factory):
-  """A finished run: its folder, every function that it compiled, and what it showed."""
+  """A finished run: its folder, every function that it compiled and how often any was, and what it
+  showed."""
   del quick_compile
   compiled = []
   original = DataParallel.map
@@ -49,12 +51,16 @@ def finished(quick_compile, root, tmp_path_factory):
     return compiled[-1]
 
   workdir = tmp_path_factory.mktemp("run") / "a"
-  with pytest.MonkeyPatch.context() as patch:
+  with pytest.MonkeyPatch.context() as patch, Compiled() as events:
     patch.setattr(DataParallel, "map", recording)
     config = configured(root)
     config.profile_steps = (2, 3)
     shown = train.train(config, workdir)
-  return workdir, compiled, shown
+  return workdir, (compiled, compilations(events)), shown
+
+
+def compilations(events) -> int:
+  return [name for name, _ in events].count("backend_compile_duration")
 
 
 def test_a_run_leaves_its_files(finished):
@@ -76,8 +82,8 @@ def test_a_run_leaves_its_files(finished):
 
 def test_every_function_compiles_once(finished):
   """Two epochs with a ragged end, an evaluation after each with a ragged last batch."""
-  _, compiled, _ = finished
-  assert len(compiled) == 4  # zero image, images, queries, update
+  _, (compiled, count), _ = finished
+  assert len(compiled) == count == 4  # zero image, images, queries, update
   assert [f._cache_size() for f in compiled] == [1, 1, 1, 1]
 
 
@@ -94,7 +100,26 @@ def test_evaluation_needs_no_training_data_and_repeats_the_results(finished, roo
 
 def test_starting_a_finished_run_again_trains_no_further(finished, root):
   workdir, _, shown = finished
-  assert train.train(tiny.config(root), workdir) == shown
+  with Compiled() as events:
+    assert train.train(tiny.config(root), workdir) == shown
+  assert compilations(events) == 3  # All but the update.
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_step_is_compiled_for_what_a_checkpoint_holds(
+  finished, root, tmp_path, monkeypatch, damaged
+):
+  """Ahead, unless it seemed that there was no step to do."""
+  copy = tmp_path / "copy"
+  shutil.copytree(finished[0], copy)
+  last = copy / "checkpoints" / "4"
+  shutil.rmtree(last / "default" if damaged else last)
+  step = first_step(configured(root), copy, monkeypatch)
+  assert 0 < int(step.given[0].step) < 4
+  if damaged:
+    assert step.compiled_for is None
+  else:
+    assert facts(step.given) == facts(step.compiled_for)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import jax
 import numpy as np
 from absl import logging
-from clu import metric_writers
 from PIL import Image
 
 from crn_jax.parallel import is_primary
@@ -29,6 +28,8 @@ class Log:
     self._path = pathlib.Path(workdir) / history.NAME
     self._writer = None
     if is_primary():
+      from clu import metric_writers  # Late: TensorFlow takes seconds to import.
+
       drop_records_after(self._path, start_step)
       self._writer = metric_writers.SummaryWriter(str(workdir))
 
