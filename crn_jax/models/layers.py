@@ -100,8 +100,7 @@ class BatchNorm(nn.Module):
           norm.put_variable("batch_stats", "var", new_var)
     else:
       mean, var = mean_ra, var_ra
-    scale = scale / jnp.sqrt(var + 1e-5)
-    y = (x - mean) * scale + bias
+    y = (x - mean) * (scale / jnp.sqrt(var + 1e-5)) + bias
     return y.astype(self.dtype)
 
   @nn.compact
