@@ -11,9 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
+from crn_jax.models.backbones.remat import KEPT
 
 
 def gem_pool(x: jax.Array, p: jax.Array, mask: jax.Array | None = None) -> jax.Array:
@@ -122,11 +124,11 @@ class BatchNorm(nn.Module):
       return over_devices(jnp.sum(value if weight is None else value * weight, axes))
 
     n = over_devices(math.prod(x.shape[:-1]) if weight is None else jnp.sum(weight, axes))
-    mean = total(x) / n
+    mean = checkpoint_name(total(x) / n, KEPT)
     # The variance has no gradient by way of the mean; without the stop, its rounding noise is large
     # where a small batch has little variance.
     deviation = x - jax.lax.stop_gradient(mean)
-    return mean, total(jnp.square(deviation)) / n, n
+    return mean, checkpoint_name(total(jnp.square(deviation)) / n, KEPT), n
 
 
 def dropout(module: nn.Module, x: jax.Array, rate: float) -> jax.Array:

@@ -6,8 +6,8 @@ import jax
 from crn_jax.errors import UserError
 
 # What a block gives this name (`jax.ad_checkpoint.checkpoint_name`) is kept by 'dots': results of
-# linear layers and of attention, not the larger or cheaper ones between them. They are named after
-# the bias: before it, the bias could not be added by the product itself.
+# linear layers and of attention, and a batch's statistics, not the larger or cheaper ones between
+# them. Results are named after the bias: before it, the bias could not be added by the product.
 KEPT = "kept"
 
 # model.remat -> what jax.checkpoint may keep besides a block's input.

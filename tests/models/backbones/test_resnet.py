@@ -134,6 +134,26 @@ def test_training_of_resnet_is_that_of_torchvision(block):
   assert set(ours) == {k for k in before if not k.startswith("fc.")}
 
 
+def sums_of_gradient(remat: str) -> int:
+  """Reductions in the program of a gradient."""
+  sizes = {"width": 8, "depths": (2, 2)}
+  module, pictures = resnet.ResNet(**sizes, remat=remat), jnp.zeros((2, 32, 32, 3))
+  plain = resnet.ResNet(**sizes)
+  like = jax.eval_shape(lambda: plain.init(jax.random.key(0), pictures, train=False))
+
+  def loss(params, batch_stats):
+    variables = {"params": params, "batch_stats": batch_stats}
+    return jnp.sum(module.apply(variables, pictures, train=True, mutable=["batch_stats"])[0].map)
+
+  program = jax.jit(jax.grad(loss)).lower(like["params"], like["batch_stats"]).as_text()
+  return program.count("stablehlo.reduce(")
+
+
+def test_statistics_of_a_batch_are_kept_for_the_gradient():
+  """Each is a pass over a whole map: 'dots' sums as often as 'none', 'full' again."""
+  assert sums_of_gradient("dots") == sums_of_gradient("none") < sums_of_gradient("full")
+
+
 @pytest.mark.slow
 def test_batch_statistics_are_those_of_all_devices():
   """Features and moved running statistics of a batch over two devices; 1e-5."""
