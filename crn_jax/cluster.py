@@ -208,7 +208,7 @@ def _leave(error: BaseException) -> None:
     _say_farewell()
   sys.stdout.flush()
   sys.stderr.flush()
-  if isinstance(error, KeyboardInterrupt):  # By the signal, for a shell to know.
+  if _joined is None and isinstance(error, KeyboardInterrupt):  # A shell looks at the signal.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.kill(os.getpid(), signal.SIGINT)
   os._exit(status)

@@ -40,6 +40,8 @@ def _without_garbage_collection() -> Iterator[None]:
 def draw(init: Callable, key: jax.Array, *, without: tuple[str, ...] = ()) -> Any:
   """`jax.jit(init)(key)`, compiled faster.
 
+  Compiled in threads, where JAX's contexts of the caller (as `jax.enable_x64`) do not hold.
+
   Args:
     init: PRNG key -> tree of arrays, none of which needs another; what else it computes is not.
     key: its argument, a typed key.

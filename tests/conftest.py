@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 
 import pytest
 
@@ -70,6 +71,15 @@ def released_memory():
 
     jax.clear_caches()
     release.release_memory()
+
+
+@pytest.fixture(autouse=True)
+def nothing_under_way():
+  """A step that one test has begun to compile is not counted by the next."""
+  yield
+  background = sys.modules.get("crn_jax.background")
+  while background and background.under_way():
+    time.sleep(0.01)
 
 
 @pytest.fixture

@@ -33,6 +33,29 @@ finally:
 """
 
 
+# A training whose step is compiled for ever, and that fails meanwhile.
+ENDLESS = """
+import runpy, sys, threading
+from crn_jax.errors import UserError
+from crn_jax.methods.crn import CRN
+from crn_jax.workdir.checkpoint import Checkpoints
+
+begun = threading.Event()
+
+def train_step(*_):
+  begun.set()
+  threading.Event().wait()
+
+def check_space(*_):
+  begun.wait()
+  raise UserError("no room")
+
+CRN.train_step, Checkpoints.check_space = train_step, check_space
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def start(*options, folder, interpreter=(), **environment):
   """A process of main.py in a folder of its own."""
   environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""} | environment
@@ -111,6 +134,19 @@ class TestOneLine:
     assert (status, out) == (1, "")
     assert "error: data.prepared: prepared images are resized bilinear, this" in error
     assert {path.name for path in tmp_path.iterdir()} <= {config.name, "__pycache__"}
+
+  def test_an_error_does_not_wait_for_the_step_that_is_being_compiled(self, tmp_path):
+    config = tmp_path / "drawn.py"
+    root = str(tiny.draw(tmp_path))
+    config.write_text(
+      f"from tests import tiny\n\n\ndef get_config():\n  return tiny.config({root!r})\n"
+    )
+    process = start(f"--config={config}", folder=tmp_path, interpreter=("-c", ENDLESS))
+    status, out, error = finished(process)
+    assert status == 1
+    assert "initial values: random" in out
+    assert error.splitlines()[-1] == "error: no room"
+    assert "Traceback" not in error
 
   def test_help_needs_no_configuration(self, tmp_path):
     status, out, _ = finished(start("--help", folder=tmp_path))
