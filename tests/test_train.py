@@ -330,11 +330,11 @@ def test_fewer_epochs_than_are_done_say_so(finished, root):
 def test_too_little_memory_is_one_line_and_does_not_lock_the_folder(root, tmp_path, monkeypatch):
   config = tiny.config(root)
 
-  def exhausted(self, *_):
+  def exhausted(state, batch):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.\nmore")
 
   with monkeypatch.context() as patch:
-    patch.setattr(train.Training, "_steps", exhausted)
+    patch.setattr(train.training_step, "compiled_ahead", lambda *_: exhausted)
     with pytest.raises(UserError, match="out of memory on cpu: .*8 bytes.\nA lower batch_size"):
       train.train(config, tmp_path / "run")
   config.num_epochs, config.batch_size = 1, 8
