@@ -21,7 +21,7 @@ from crn_jax.input_pipeline.registry import DATASETS
 from crn_jax.input_pipeline.tokenizers.words import MARKERS
 from crn_jax.methods import optimizer, zero_shot
 from crn_jax.methods.registry import METHODS, uses_features
-from crn_jax.models.backbones import remat
+from crn_jax.models import remat
 from crn_jax.models.backbones.registry import BACKBONES
 from crn_jax.models.composition.registry import COMPOSITIONS
 from crn_jax.models.preprocessing import INTERPOLATIONS

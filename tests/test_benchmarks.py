@@ -83,12 +83,8 @@ def test_what_a_checkpoint_costs_is_measured(tmp_path):
   assert found["arrays"] > 100
 
 
-DRAWN = "from tests import tiny\n\n\ndef get_config():\n  return tiny.config({root!r})\n"
-
-
 def test_starting_is_measured(tmp_path):
-  config = tmp_path / "tiny.py"
-  config.write_text(DRAWN.format(root=str(tiny.draw(tmp_path))))
+  config = tiny.config_file(tmp_path)
   env = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
          "PYTHONPATH": str(ROOT)}  # fmt: skip
   done = subprocess.run(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crn_jax import initial_values, state
-from crn_jax.models.backbones import remat
+from crn_jax.models import remat
 from crn_jax.models.preprocessing import IMAGENET
 from crn_jax.workdir import weights
 from tests import tiny_model

@@ -136,11 +136,7 @@ class TestOneLine:
     assert {path.name for path in tmp_path.iterdir()} <= {config.name, "__pycache__"}
 
   def test_an_error_does_not_wait_for_the_step_that_is_being_compiled(self, tmp_path):
-    config = tmp_path / "drawn.py"
-    root = str(tiny.draw(tmp_path))
-    config.write_text(
-      f"from tests import tiny\n\n\ndef get_config():\n  return tiny.config({root!r})\n"
-    )
+    config = tiny.config_file(tmp_path)
     process = start(f"--config={config}", folder=tmp_path, interpreter=("-c", ENDLESS))
     status, out, error = finished(process)
     assert status == 1

@@ -14,6 +14,15 @@ def draw(folder: pathlib.Path) -> pathlib.Path:
   return root
 
 
+def config_file(folder: pathlib.Path) -> pathlib.Path:
+  """Draws a small data set, and writes the file that gives its `config` to a program."""
+  path, root = folder / "tiny.py", str(draw(folder))
+  path.write_text(
+    f"from tests import tiny\n\n\ndef get_config():\n  return tiny.config({root!r})\n"
+  )
+  return path
+
+
 def config(root: pathlib.Path, preset: str = "crn"):
   """One category, 40 triplets: two steps of 16 an epoch and a ragged end."""
   c = default.get_config(preset)

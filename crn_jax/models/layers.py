@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.errors import UserError
 from crn_jax.models import linear
-from crn_jax.models.backbones.remat import KEPT
+from crn_jax.models.remat import KEPT
 
 
 def gem_pool(x: jax.Array, p: jax.Array, mask: jax.Array | None = None) -> jax.Array:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from crn_jax.models import linear
-from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.layer_norm import LayerNorm
+from crn_jax.models.remat import KEPT, rematerialised
 
 # `hidden_act` of Hugging Face's config.json -> function. The cosine of two towers that differ in
 # this alone is 0.9999, so that a wrong one is not seen in retrieval.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from crn_jax.models import random_keys
-from crn_jax.models.backbones.remat import CHOICES, rematerialised
+from crn_jax.models.remat import CHOICES, rematerialised
 
 NAMES = ("stage0_block0", "stage0_block1", "stage2_block17")
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crn_jax import initial_values
-from crn_jax.models.backbones import remat
+from crn_jax.models import remat
 from crn_jax.models.transformer import Block, Blocks, Sizes
 
 SIZES = Sizes(width=12, depth=3, heads=2, mlp_dim=20, activation="quick_gelu", epsilon=1e-5)

@@ -16,8 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from crn_jax.models import linear
 from crn_jax.models.backbones import stacking
 from crn_jax.models.backbones.feature_maps import FeatureMaps
-from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.layers import BatchNorm
+from crn_jax.models.remat import KEPT, rematerialised
 
 # Output of a block in widths of its 3 x 3 convolutions, by which kinds of blocks are told apart.
 BASIC, BOTTLENECK = 1, 4

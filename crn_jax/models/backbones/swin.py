@@ -18,10 +18,10 @@ from crn_jax.errors import UserError
 from crn_jax.models import linear, random_keys
 from crn_jax.models.backbones import stacking, window_attention
 from crn_jax.models.backbones.feature_maps import FeatureMaps
-from crn_jax.models.backbones.remat import KEPT, rematerialised
 from crn_jax.models.backbones.window_attention import Windows
 from crn_jax.models.layer_norm import LayerNorm
 from crn_jax.models.precision import at_least_float32, widened
+from crn_jax.models.remat import KEPT, rematerialised
 
 # name -> arguments of `SwinTransformer`, as in timm's `<name>_patch4_window7_224`.
 VARIANTS = {

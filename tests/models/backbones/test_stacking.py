@@ -11,7 +11,8 @@ import pytest
 from flax import traverse_util
 
 from crn_jax.errors import UserError
-from crn_jax.models.backbones import remat, resnet, stacking, swin
+from crn_jax.models import remat
+from crn_jax.models.backbones import resnet, stacking, swin
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
